@@ -1,0 +1,369 @@
+"""Tasks whose evidence has a ground truth, their verifiers, and your own data from a JSON-lines file.
+
+A drawn task shows a 3 x 3 grid of cells a1 .. c3 (columns a to c from the left, rows 1 to 3 from the top) with a few
+coloured shapes, and asks about them. Because the scene is known, one can check not only the answer but also what the
+response says it *saw*. One example of each task, with a perfect response:
+
+    lookup   What color is at b2?           <perception> a1 red circle, b2 blue square</perception>
+                                            <reasoning> b2 is blue</reasoning>
+                                            <answer> blue</answer>
+    count    How many red?                  <reasoning> a1 red b2 no so 1</reasoning>                         1
+    compare  More blue or more circle?      <reasoning> a1 no b2 blue so 1, a1 circle b2 no so 1</reasoning>  same
+    add      How many blue plus circle?     <reasoning> a1 no b2 blue so 1, a1 circle b2 no so 1</reasoning>  2
+
+The reward is 0.9 accuracy + 0.1 format. It never looks at the perception: SRPO changes the credit, not the reward.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageOps
+
+from srpo import Tags, parse_response
+
+COLORS = {"red": (220, 40, 40), "green": (40, 170, 70), "blue": (50, 80, 220), "yellow": (235, 200, 40)}
+SHAPES = ("circle", "square", "triangle")
+CELLS = tuple(column + row for row in "123" for column in "abc")
+TASKS = ("lookup", "count", "compare", "add")
+REWARD_ACCURACY, REWARD_FORMAT = 0.9, 0.1
+HINT = (
+    "The image is a grid of 3 columns a, b, c from left to right and 3 rows 1, 2, 3 from top to bottom. In the perception "
+    "list every object as its cell, color and shape, like: a1 red circle, c2 blue square. Colors: " + ", ".join(COLORS) + "."
+)
+
+
+class InputError(ValueError):
+    """Something the user can put right. `train.py` prints it as one line and exits with code 2."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    cell: str
+    color: str
+    shape: str
+
+    def __str__(self):
+        return f"{self.cell} {self.color} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is asked: `args` is a cell for lookup, one attribute (a color or a shape) for count, two for the others."""
+
+    task: str
+    args: tuple[str, ...]
+
+    def text(self) -> str:
+        x, y = (self.args * 2)[:2]
+        return {
+            "lookup": f"What color is at {x}?",
+            "count": f"How many {x}?",
+            "compare": f"More {x} or more {y}?",
+            "add": f"How many {x} plus {y}?",
+        }[self.task]
+
+    def evidence(self, facts: Iterable[Fact]) -> tuple[frozenset, ...]:
+        """All that the answer depends on: for each argument, the things in the scene that bear on it."""
+        facts = list(facts)
+        if self.task == "lookup":
+            return (frozenset(f.color for f in facts if f.cell == self.args[0]),)
+        return tuple(frozenset(f.cell for f in facts if arg in (f.color, f.shape)) for arg in self.args)
+
+    def solve(self, facts: Iterable[Fact]) -> str | None:
+        """The answer that follows from `facts`, right or wrong; None when they do not settle it."""
+        evidence = self.evidence(facts)
+        counts = [len(e) for e in evidence]
+        if self.task == "lookup":
+            return next(iter(evidence[0])) if counts[0] == 1 else None
+        if self.task == "compare":
+            return "same" if counts[0] == counts[1] else self.args[counts[0] < counts[1]]
+        return str(sum(counts))
+
+    def reasoning(self, facts: Sequence[Fact]) -> str:
+        if self.task == "lookup":
+            return f" {self.args[0]} is {self.solve(facts)}"
+        parts = []
+        for arg, cells in zip(self.args, self.evidence(facts), strict=True):
+            marks = [f" {f.cell} {arg if f.cell in cells else 'no'}" for f in facts]
+            parts.append("".join(marks) + f" so {len(cells)}")
+        return ",".join(parts)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question. `scene` and `query` are known for drawn tasks only; `source` names file and line of a user's row."""
+
+    images: tuple[Image.Image, ...]
+    question: str
+    answer: str
+    scene: tuple[Fact, ...] | None = None
+    query: Query | None = None
+    hint: str = ""
+    source: str = ""
+
+
+# ---------------------------------------------------------------------------------------------------------- drawn tasks
+
+
+def draw_scene(scene: Sequence[Fact], size: int, rng: np.random.Generator) -> Image.Image:
+    """Picture of a scene, size x size pixels; place, radius, shade and background vary a little from draw to draw."""
+    image = Image.new("RGB", (size, size), tuple(int(v) for v in rng.integers(225, 250, 3)))
+    draw, cell = ImageDraw.Draw(image), size / 3
+    for fact in scene:
+        column, row = "abc".index(fact.cell[0]), "123".index(fact.cell[1])
+        x, y = (np.array([column, row]) + 0.5 + rng.uniform(-0.06, 0.06, 2)) * cell
+        r = cell * rng.uniform(0.32, 0.40)
+        fill = tuple(int(v) for v in np.clip(np.array(COLORS[fact.color]) + rng.integers(-15, 16, 3), 0, 255))
+        if fact.shape == "circle":
+            draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+        elif fact.shape == "square":
+            draw.rectangle((x - r * 0.9, y - r * 0.9, x + r * 0.9, y + r * 0.9), fill=fill)
+        else:
+            draw.polygon([(x, y - r), (x + r, y + r * 0.9), (x - r, y + r * 0.9)], fill=fill)
+    return image
+
+
+def is_held_out(scene: Sequence[Fact]) -> bool:
+    """One scene in ten belongs to the evaluation, by its content: no scene, however often drawn, is in both splits."""
+    return hashlib.sha256(";".join(map(str, scene)).encode()).digest()[0] % 10 == 0
+
+
+def draw_example(task: str, rng: np.random.Generator, *, held_out: bool, size: int = 48, objects=(3, 4)) -> Example:
+    """One example of `task`, from the training or the held-out scenes, with `objects` = (fewest, most) shapes."""
+    while True:
+        n = int(rng.integers(objects[0], objects[1] + 1))
+        attributes = [*COLORS, *SHAPES]
+        args = tuple(str(a) for a in rng.choice(attributes, 2, replace=False))[: 1 if task == "count" else 2]
+        kinds = [(color, shape) for color in COLORS for shape in SHAPES]
+        match = [k for k in kinds if args[0] in k]
+        other = [k for k in kinds if args[0] not in k]
+        wanted = int(rng.integers(1, n + 1))  # so that no count is much more common than another
+        pools = [kinds] * n if task == "lookup" else [match] * wanted + [other] * (n - wanted)
+        cells = sorted(int(c) for c in rng.permutation(len(CELLS))[:n])
+        pools = [pools[i] for i in rng.permutation(n)]
+        scene = [Fact(CELLS[c], *pool[rng.integers(len(pool))]) for c, pool in zip(cells, pools, strict=True)]
+        if task == "lookup":
+            args = (str(rng.choice([f.cell for f in scene])),)
+        query = Query(task, args)
+        if is_held_out(scene) == held_out and all(query.evidence(scene)):  # every question has something to see
+            break
+    image = draw_scene(scene, size, rng)
+    return Example((image,), query.text(), str(query.solve(scene)), tuple(scene), query, hint=HINT)
+
+
+class DrawnTask:
+    """Endless training batches and a fixed held-out set of one task. Batch k depends on the seed and k alone."""
+
+    def __init__(self, task: str, *, seed: int = 0, size: int = 48, objects: tuple[int, int] = (3, 4)):
+        if task not in TASKS:
+            raise InputError(f"--task {task}: unknown; choose from {', '.join(TASKS)}")
+        self.task, self.seed, self.size, self.objects = task, seed, size, objects
+
+    def train_batch(self, step: int, n: int) -> list[Example]:
+        return self._draw(n, (self.seed, step, 1), held_out=False)
+
+    def eval_set(self, n: int) -> list[Example]:
+        return self._draw(n, (0, 0, 2), held_out=True)  # the same for every seed: runs are compared on the same examples
+
+    def _draw(self, n, key, held_out):
+        rng = np.random.default_rng(key)
+        return [draw_example(self.task, rng, held_out=held_out, size=self.size, objects=self.objects) for _ in range(n)]
+
+
+def respond(perception: str, reasoning: str, answer: str, tags: Tags = Tags()) -> str:
+    """Text of a well-formed response."""
+    blocks = zip((tags.perception, tags.reasoning, tags.answer), (perception, reasoning, answer), strict=True)
+    return "\n".join(f"<{tag}>{text}</{tag}>" for tag, text in blocks)
+
+
+def demonstrate(example: Example, noise: float, rng: np.random.Generator) -> str:
+    """A response to imitate whose every stated fact is wrong (in color or shape) with probability `noise`.
+
+    Reasoning and answer follow from what is stated, not from the image: fluent, consistent, and seeing things.
+    """
+    stated = []
+    for fact in example.scene:
+        color, shape = fact.color, fact.shape
+        if rng.random() < noise:
+            if rng.random() < 0.5:
+                color = str(rng.choice([c for c in COLORS if c != color]))
+            else:
+                shape = str(rng.choice([s for s in SHAPES if s != shape]))
+        stated.append(Fact(fact.cell, color, shape))
+    perception = " " + ", ".join(map(str, stated))
+    return respond(perception, example.query.reasoning(stated), f" {example.query.solve(stated)}")
+
+
+# ------------------------------------------------------------------------------------------------------------ verifiers
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is true of one response; each in [0, 1]. The last three need a known scene and are None without one.
+
+    accuracy    the answer is right
+    format      exactly the three blocks, in order, none of them blank
+    perception  F1 of the stated facts against the scene
+    grounded    the answer is right, and all the evidence that it rests on is stated rightly
+    consistent  the answer follows from what is stated, right or wrong
+    """
+
+    reward: float
+    accuracy: float
+    format: float
+    perception: float | None = None
+    grounded: float | None = None
+    consistent: float | None = None
+
+
+def verify(text: str, example: Example, tags: Tags = Tags()) -> Verdict:
+    """Check a response against its example. Nothing but answer and format enters the reward."""
+    blocks = parse_response(text, tags)
+    spans = (blocks.perception, blocks.reasoning, blocks.answer) if blocks else ()
+    well_formed = float(bool(spans) and all(text[a:b].strip() for a, b in spans))
+    answer = extract_answer(text, tags)
+    accuracy = float(answer is not None and answers_match(answer, example.answer))
+    reward = REWARD_ACCURACY * accuracy + REWARD_FORMAT * well_formed
+    if example.scene is None:
+        return Verdict(reward, accuracy, well_formed)
+    stated = parse_facts(text[slice(*blocks.perception)]) if blocks else set()
+    true = set(example.scene)
+    f1 = 2 * len(stated & true) / (len(stated) + len(true))
+    grounded = blocks is not None and example.query.evidence(stated) == example.query.evidence(true)
+    implied = example.query.solve(stated) if stated else None
+    consistent = blocks is not None and implied is not None and answers_match(answer, implied)
+    return Verdict(reward, accuracy, well_formed, f1, accuracy * grounded, float(consistent))
+
+
+def extract_answer(text: str, tags: Tags = Tags()) -> str | None:
+    """Text of the only answer block, also when the rest is malformed; None with no block, two, or a broken one."""
+    opening, closing = f"<{tags.answer}>", f"</{tags.answer}>"
+    start, end = text.find(opening), text.find(closing)
+    if text.count(opening) != 1 or text.count(closing) != 1 or end < start:
+        return None
+    return text[start + len(opening) : end].strip()
+
+
+def answers_match(given: str, truth: str) -> bool:
+    """Numbers are equal as numbers (3 = 3.0, 1,000 = 1000, 1/2 = 0.5); all else after dropping case and outer punctuation."""
+    numbers = _number(given), _number(truth)
+    if None not in numbers:
+        return numbers[0] == numbers[1]
+    return numbers == (None, None) and _normal(given) == _normal(truth) != ""
+
+
+def _number(text: str) -> Fraction | None:
+    text = text.strip().rstrip(".").replace("\u2212", "-")
+    if not re.fullmatch(r"[+-]?(\d{1,3}(,\d{3})+|\d{1,30})?(\.\d{1,30}|/[1-9]\d{0,29})?", text) or not re.search(r"\d", text):
+        return None
+    text = text.replace(",", "")
+    return None if re.match(r"[+-]?/", text) else Fraction(text)
+
+
+def _normal(text: str) -> str:
+    return " ".join(re.sub(r"^[\W_]+|[\W_]+$", "", text.casefold()).split())
+
+
+_FACT = re.compile(
+    rf"\b({'|'.join(CELLS)})\W+(?:(?:is|has|a|an|the)\W+)*({'|'.join(COLORS)})\W+({'|'.join(SHAPES)})\b", re.IGNORECASE
+)
+
+
+def parse_facts(text: str) -> set[Fact]:
+    """The facts stated in a perception text: cell, color, shape, in any sentence that has them in this order."""
+    return {Fact(*(word.lower() for word in match.groups())) for match in _FACT.finditer(text)}
+
+
+# ------------------------------------------------------------------------------------------------------------ your data
+
+
+class JsonlTask:
+    """Examples from a JSON-lines file: one object a line with `image` (or `images`), `question` and `answer`.
+
+    Image paths are relative to the file. A tenth of the images (at least one, and at most `eval_size` rows) is held
+    out, chosen by a hash of their names, and no image is in both splits. Every image is decoded once at the start, so
+    that a broken one is reported in the first minute and not in the fifth hour.
+    """
+
+    def __init__(self, path: str | Path, *, seed: int = 0, eval_size: int = 256):
+        self.path, self.seed = Path(path), seed
+        rows = self._read()
+        by_image = {}
+        for row in rows:
+            by_image.setdefault(row[0], []).append(row)
+        names = sorted(by_image, key=lambda images: hashlib.sha256("\n".join(images).encode()).digest())
+        if len(names) < 2:
+            raise InputError(f"--data {self.path}: needs rows with at least two different images, one to hold out")
+        held_out = max(1, len(names) // 10)
+        self._eval = [row for name in names[:held_out] for row in by_image[name]][:eval_size]
+        self._train = [row for name in names[held_out:] for row in by_image[name]]
+
+    def train_batch(self, step: int, n: int) -> list[Example]:
+        """Batch `step` of an endless stream: every epoch is a permutation of all rows, drawn from the seed."""
+        picks = []
+        for position in range(step * n, (step + 1) * n):
+            epoch, i = divmod(position, len(self._train))
+            picks.append(np.random.default_rng((self.seed, epoch)).permutation(len(self._train))[i])
+        return [self._load(self._train[i]) for i in picks]
+
+    def eval_set(self, n: int) -> list[Example]:
+        return [self._load(row) for row in self._eval[:n]]
+
+    def _read(self) -> list[tuple[tuple[str, ...], str, str, int]]:
+        try:
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--data {self.path}: cannot be read as UTF-8 text ({error})") from None
+        rows = []
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                images = row["images"] if "images" in row else [row["image"]]
+                images, question, answer = tuple(images), row["question"], row["answer"]
+                texts = [question, *images]
+                if not images or not all(isinstance(t, str) and t for t in texts) or isinstance(answer, list | dict | None):
+                    raise TypeError
+            except (ValueError, KeyError, TypeError):
+                raise InputError(
+                    f"{self.path}:{number}: expected one JSON object with image (or images), question and answer, "
+                    f"got {line[:60]!r}"
+                ) from None
+            rows.append((images, question, str(answer), number))
+            self._load(rows[-1])
+        if not rows:
+            raise InputError(f"--data {self.path}: the file is empty; it needs one JSON object a line")
+        return rows
+
+    def _load(self, row) -> Example:
+        images, question, answer, number = row
+        source = f"{self.path}:{number}"
+        return Example(tuple(open_image(self.path.parent / i, source) for i in images), question, answer, source=source)
+
+
+def open_image(path: Path, source: str) -> Image.Image:
+    """Decode an image to RGB, upright and over white where it is transparent, or raise InputError naming `source`."""
+    try:
+        with Image.open(path) as image:
+            limit = Image.MAX_IMAGE_PIXELS or float("inf")
+            if image.width * image.height > limit:
+                raise InputError(f"{source}: image {path} has {image.width}x{image.height} pixels, over {limit}; shrink it")
+            if max(image.size) > 200 * min(image.size):
+                raise InputError(f"{source}: image {path} is {image.width}x{image.height}, longer than 200 to 1; crop it")
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            return image.convert("RGB")
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{source}: image {path} does not exist (paths are relative to the data file)") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{source}: image {path} cannot be decoded, broken or too large ({error})") from None

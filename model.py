@@ -1,0 +1,413 @@
+"""The policy: a vision-language model that samples responses and scores them. Qwen2-VL and what shares its interface.
+
+    policy = load("tiny")                         or a folder, or a hub name such as "Qwen/Qwen2-VL-2B-Instruct"
+    prompts = policy.encode(examples, corruption)                     N prompts, their images, the corrupted images
+    rollout = policy.sample(prompts, G, ...)                          B = N * G responses, [B, T]
+    policy.log_probs(prompts, rollout, ...)                           log pi of the sampled tokens, [B, T]
+    policy.log_probs(prompts, rollout, ..., corrupted=True)           Eq. (2): the same tokens, corrupted image
+    policy.log_probs(prompts, rollout, ..., visible=without_perception(mask, roles))       Eq. (3): perception hidden
+
+Sampling and scoring share one function from hidden states to log-probs, so temperature and the set of allowed tokens
+cannot differ between them. Prompts are padded on the left, responses on the right.
+"""
+
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
+
+from data import CELLS, COLORS, SHAPES, Example, InputError
+from srpo import Tags, text_and_offsets
+
+TAGS = Tags()
+INSTRUCTION = (
+    f"Reply in exactly this form: <{TAGS.perception}>what you see that matters for the question</{TAGS.perception}>"
+    f"<{TAGS.reasoning}>how the answer follows from it</{TAGS.reasoning}><{TAGS.answer}>the answer alone</{TAGS.answer}>"
+)
+
+
+@dataclass
+class Prompts:
+    """N prompts, padded on the left to L tokens."""
+
+    ids: Tensor  # [N, L]
+    mask: Tensor  # [N, L], 0 at padding
+    positions: Tensor  # [3, N, L], M-RoPE: time, height, width
+    pixels: list[Tensor]  # per prompt [patches, values]
+    corrupted: list[Tensor]  # the same, of the corrupted images; empty without corruption
+    grids: list[Tensor]  # per prompt [images, 3]: patches in time, height, width
+
+
+@dataclass
+class Rollout:
+    """B = N * G sampled responses, those of a prompt next to each other, padded on the right to T tokens."""
+
+    ids: Tensor  # [B, T]
+    mask: Tensor  # [B, T] bool, True up to and including EOS
+    logp: Tensor  # [B, T] float32, as sampled; 0 at padding
+    prompt: Tensor  # [B], which prompt each row answers
+
+    def __getitem__(self, rows: Tensor) -> "Rollout":
+        return Rollout(self.ids[rows], self.mask[rows], self.logp[rows], self.prompt[rows])
+
+
+class Policy:
+    """A model, its tokenizer and its image processor. The model stays in eval mode: no dropout, ever."""
+
+    def __init__(self, model, tokenizer, image_processor, *, dtype: torch.dtype = torch.float32):
+        self.model, self.tokenizer, self.image_processor, self.dtype = model.eval(), tokenizer, image_processor, dtype
+        self.device = model.device
+        config = model.config
+        self.image_token = config.image_token_id
+        self.instruction = getattr(config, "instruction", INSTRUCTION)  # tiny has learned the form and needs none
+        self.patch = image_processor.patch_size
+        self.factor = self.patch * image_processor.merge_size
+        eos = model.generation_config.eos_token_id
+        self.eos = sorted({tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None})
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos[0]
+        # A sampled placeholder would need image features in the next forward pass, and ids beyond the tokenizer have no
+        # text. Neither is sampled, and neither has a share of the probability when sampled tokens are scored.
+        vocabulary = config.get_text_config().vocab_size
+        placeholders = {config.image_token_id, config.video_token_id}
+        self.forbidden = torch.tensor(sorted(placeholders | set(range(len(tokenizer), vocabulary))), device=self.device)
+        self.chunk = max(1, 2**25 // vocabulary)  # positions whose logits exist at one time
+        self.bytes_of = _token_bytes(tokenizer)
+
+    # -------------------------------------------------------------------------------------------------------- prompts
+
+    def fit(self, image: Image.Image) -> Image.Image:
+        """RGB image resized as the model wants it: whole patches, and a number of them within the processor's limits."""
+        size = self.image_processor.size
+        height, width = smart_resize(
+            image.height, image.width, self.factor, size["shortest_edge"], size["longest_edge"]
+        )
+        image = image.convert("RGB")
+        return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
+
+    def encode(self, examples: list[Example], corruption: Callable[[int, Image.Image], Image.Image] | None = None) -> Prompts:
+        """Tokens, positions and pixels of the prompts.
+
+        Args:
+            corruption: called with the example's index and each of its images, already resized, so that patches of the
+                image are patches of the model.
+        Raises:
+            InputError: the text of an example holds an image placeholder of its own.
+        """
+        rows, pixels, corrupted, grids = [], [], [], []
+        for i, example in enumerate(examples):
+            images = [self.fit(image) for image in example.images]
+            values, grid = self._patches(images)
+            pixels.append(values)
+            grids.append(grid)
+            if corruption is not None:
+                corrupted.append(self._patches([corruption(i, image) for image in images])[0])
+            rows.append(self._tokenize(example, grid))
+        L = max(map(len, rows))
+        ids = torch.tensor([[self.pad] * (L - len(r)) + r for r in rows])
+        mask = torch.tensor([[0] * (L - len(r)) + [1] * len(r) for r in rows])
+        positions, _ = self.model.model.get_rope_index(
+            input_ids=ids,
+            mm_token_type_ids=(ids == self.image_token).int(),
+            image_grid_thw=torch.cat(grids),
+            attention_mask=mask,
+        )
+        to = self.device
+        pixels, corrupted, grids = ([x.to(to) for x in xs] for xs in (pixels, corrupted, grids))
+        return Prompts(ids.to(to), mask.to(to), positions.to(to), pixels, corrupted, grids)
+
+    def _patches(self, images: list[Image.Image]) -> tuple[Tensor, Tensor]:
+        out = self.image_processor(images=images, do_resize=False, return_tensors="pt")
+        return out["pixel_values"], out["image_grid_thw"]
+
+    def _tokenize(self, example: Example, grid: Tensor) -> list[int]:
+        question = example.question
+        if self.instruction:
+            question = "\n".join(part for part in (question, example.hint, self.instruction) if part)
+        content = [{"type": "image"}] * len(grid) + [{"type": "text", "text": question}]
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        visual_tokens = iter((grid.prod(1) // self.image_processor.merge_size**2).tolist())
+        if ids.count(self.image_token) != len(grid):
+            placeholder = self.tokenizer.convert_ids_to_tokens(self.image_token)
+            raise InputError(f"{example.source or 'question'}: take {placeholder} out of the text; images are added in front")
+        return [token for i in ids for token in ([i] * next(visual_tokens) if i == self.image_token else [i])]
+
+    # ------------------------------------------------------------------------------------------------------- sampling
+
+    @torch.no_grad()
+    def sample(
+        self, prompts: Prompts, group_size: int, *, max_new_tokens: int, temperature: float, generator: torch.Generator
+    ) -> Rollout:
+        """Sample G responses a prompt from pi at `temperature`: no top-k, no top-p, no penalties, whatever the model's
+        generation_config says. The prompt is read once and its cache repeated for the group."""
+        N, L = prompts.ids.shape
+        which = torch.arange(N, device=self.device)
+        with self._autocast():
+            out = self.model.model(**self._prompt_inputs(prompts, which), use_cache=True)
+        cache = out.past_key_values
+        cache.batch_repeat_interleave(group_size)
+        which = which.repeat_interleave(group_size)  # [B]
+        B = len(which)
+        hidden = out.last_hidden_state[which, -1]  # [B, H]; the prompt ends at L - 1, being padded on the left
+        ids = torch.full((B, max_new_tokens), self.pad, device=self.device)
+        logp = torch.zeros(B, max_new_tokens, device=self.device)
+        mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=self.device)
+        attention = torch.cat([prompts.mask[which], mask.long() + 1], 1)  # [B, L + max_new_tokens]
+        position = self._next_position(prompts)[which]  # [B]
+        alive = torch.ones(B, dtype=torch.bool, device=self.device)
+        eos = torch.tensor(self.eos, device=self.device)
+        for t in range(max_new_tokens):
+            logprobs = self._log_softmax(hidden, temperature)  # [B, vocabulary]
+            token = torch.multinomial(logprobs.exp(), 1, generator=generator)  # [B, 1]
+            ids[alive, t] = token[alive, 0]
+            logp[alive, t] = logprobs.gather(1, token)[alive, 0]
+            mask[:, t] = alive
+            alive = alive & ~torch.isin(token[:, 0], eos)
+            if t + 1 == max_new_tokens or not alive.any():
+                break
+            with self._autocast():
+                hidden = self.model.model(
+                    input_ids=ids[:, t : t + 1],
+                    attention_mask=attention[:, : L + t + 1],
+                    position_ids=(position + t).view(1, B, 1).expand(3, B, 1),
+                    past_key_values=cache,
+                    use_cache=True,
+                ).last_hidden_state[:, -1]
+        T = int(mask.sum(1).max())
+        return Rollout(ids[:, :T], mask[:, :T], logp[:, :T], which)
+
+    def decode(self, rollout: Rollout) -> list[tuple[str, list[tuple[int, int]]]]:
+        """Text of each response without EOS, and the characters that each of its tokens touches."""
+        rows = [ids[mask].tolist() for ids, mask in zip(rollout.ids.cpu(), rollout.mask.cpu(), strict=True)]
+        rows = [row[:-1] if row and row[-1] in self.eos else row for row in rows]
+        return [text_and_offsets([self.bytes_of[i] for i in row]) for row in rows]
+
+    def as_rollout(self, texts: list[str]) -> Rollout:
+        """Given texts as if sampled, one a prompt, each closed by EOS. Their `logp` is unknown and left 0."""
+        rows = [self.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.tokenizer.eos_token_id] for text in texts]
+        T = max(map(len, rows))
+        ids = torch.tensor([row + [self.pad] * (T - len(row)) for row in rows], device=self.device)
+        mask = torch.tensor([[True] * len(row) + [False] * (T - len(row)) for row in rows], device=self.device)
+        return Rollout(ids, mask, torch.zeros(mask.shape, device=self.device), torch.arange(len(rows), device=self.device))
+
+    # -------------------------------------------------------------------------------------------------------- scoring
+
+    def log_probs(
+        self,
+        prompts: Prompts,
+        rollout: Rollout,
+        *,
+        temperature: float,
+        corrupted: bool = False,
+        visible: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs of the sampled tokens, fp32, and the entropy of pi at each position.
+
+        Logits are computed at response positions only, a chunk at a time, and again in the backward pass instead of
+        being kept: with a vocabulary of 152 000 they would otherwise be most of the memory.
+
+        Args:
+            corrupted: use the corrupted images, Eq. (2).
+            visible: [B, T], response tokens that later ones may attend to, by default all; `without_perception` for
+                Eq. (3). Positions are counted over visible tokens, so hidden ones leave no gap.
+        Returns:
+            logp [B, T] with gradient (outside no_grad), entropy [B, T] without, in nats; both 0 at padding.
+        """
+        L, mask = prompts.ids.shape[1], rollout.mask
+        visible = mask.long() if visible is None else visible.long()
+        inputs = self._prompt_inputs(prompts, rollout.prompt, corrupted)
+        position = self._next_position(prompts)[rollout.prompt, None] + visible.cumsum(1) - visible  # [B, T]
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], rollout.ids], 1)  # [B, L + T]
+        inputs["attention_mask"] = torch.cat([inputs["attention_mask"], visible], 1)
+        inputs["position_ids"] = torch.cat([inputs["position_ids"], position.expand(3, -1, -1)], 2)
+        with self._autocast():
+            hidden = self.model.model(**inputs, use_cache=False).last_hidden_state
+        hidden = hidden[:, L - 1 : -1]  # [B, T, H]; the state before token t predicts token t
+        logp, entropy = self._score(hidden[mask], rollout.ids[mask], temperature)  # padding is never scored
+        empty = torch.zeros(mask.shape, device=mask.device)
+        return empty.masked_scatter(mask, logp), empty.masked_scatter(mask, entropy)
+
+    def _score(self, hidden: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """[n, H], [n] -> log-probs [n], entropies [n]."""
+
+        def score(h, i):
+            logprobs = self._log_softmax(h, temperature)
+            with torch.no_grad():
+                entropy = -(logprobs.exp() * logprobs.clamp(min=-1e4)).sum(1)  # 0 * -inf at forbidden tokens
+            return logprobs.gather(1, i[:, None])[:, 0], entropy
+
+        chunks = zip(hidden.split(self.chunk), ids.split(self.chunk), strict=True)
+        scored = [checkpoint(score, h, i, use_reentrant=False) for h, i in chunks]
+        return torch.cat([s[0] for s in scored]), torch.cat([s[1] for s in scored])
+
+    def _log_softmax(self, hidden: Tensor, temperature: float) -> Tensor:
+        """[n, H] -> [n, vocabulary] float32: the one place where pi is defined, for sampling and scoring alike."""
+        with self._autocast():
+            logits = self.model.lm_head(hidden)
+        logits = logits.float() / temperature
+        return logits.index_fill(1, self.forbidden, float("-inf")).log_softmax(1)
+
+    def _prompt_inputs(self, prompts: Prompts, which: Tensor, corrupted: bool = False) -> dict:
+        """Model inputs of the prompts `which` [B], repeated as often as they are named."""
+        pixels, rows = prompts.corrupted if corrupted else prompts.pixels, which.tolist()
+        return {
+            "input_ids": prompts.ids[which],
+            "attention_mask": prompts.mask[which],
+            "position_ids": prompts.positions[:, which],
+            "pixel_values": torch.cat([pixels[i] for i in rows]),
+            "image_grid_thw": torch.cat([prompts.grids[i] for i in rows]),
+        }
+
+    def _next_position(self, prompts: Prompts) -> Tensor:
+        """[N]: M-RoPE position of the first response token, one past the largest of the prompt on any axis."""
+        return prompts.positions.amax((0, 2)) + 1
+
+    def _autocast(self):
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
+
+    def freeze(self) -> "Policy":
+        self.model.requires_grad_(False)
+        return self
+
+    def save(self, folder: str | Path) -> None:
+        """Hugging Face layout: weights, configs, tokenizer with its chat template, image processor."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+
+
+def _token_bytes(tokenizer) -> list[bytes]:
+    """Raw bytes of every token. In a byte-level vocabulary each character of a token stands for one byte."""
+    byte_of = {character: bytes([byte]) for byte, character in bytes_to_unicode().items()}
+    added = tokenizer.get_added_vocab()
+    pieces = [b""] * len(tokenizer)
+    for token, i in tokenizer.get_vocab().items():
+        if token in added:
+            pieces[i] = token.encode()
+        elif all(c in byte_of for c in token):
+            pieces[i] = b"".join(byte_of[c] for c in token)
+        else:
+            raise InputError(f"the tokenizer is not byte-level (its token {token!r} has no bytes); Qwen-VL tokenizers are")
+    return pieces
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+def load(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0) -> Policy:
+    """The built-in model ("tiny", random weights from `seed`), a folder, or a hub name; weights are always fp32 masters.
+
+    Raises:
+        InputError: it cannot be found, is not a vision-language model of this family, or its weights do not match.
+    """
+    if name == "tiny":
+        return build_tiny(seed, device=device, dtype=dtype)
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"--model {name}: not found as a folder, nor on the hub ({_first_line(error)})") from None
+    if not hasattr(config, "vision_config") or not hasattr(config, "image_token_id"):
+        raise InputError(f"--model {name}: a {config.model_type} model sees no images; take a Qwen-VL model")
+    try:
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            name, config=config, dtype=torch.float32, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(name)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(f"--model {name}: cannot be loaded ({_first_line(error)})") from None
+    if info["missing_keys"] or info["mismatched_keys"]:  # else they would silently stay random
+        broken = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+        raise InputError(f"--model {name}: {len(broken)} weights are missing or misshapen, like {broken[0]}")
+    return Policy(model.to(device), tokenizer, image_processor, dtype=dtype)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+TINY_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{% for part in message.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}<|im_end|>{% endfor %}<|im_start|>"
+)
+
+
+def build_tiny(seed: int = 0, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Policy:
+    """A Qwen2-VL of about 0.8 million random weights whose words are those of the drawn tasks; 8-pixel patches."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+    special += ["<|video_pad|>", "<unk>"]
+    words = [*COLORS, *SHAPES, *CELLS, *map(str, range(10)), *"What color is at How many More or more plus no so same".split()]
+    tags = [f"<{slash}{tag}>" for tag in (TAGS.perception, TAGS.reasoning, TAGS.answer) for slash in ("", "/")]
+    vocabulary = dict.fromkeys([*special, *tags, *words, *("Ġ" + w for w in words), *",.?", "Ċ", "Ġ"])
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    words_and_marks = Regex(r"</?[a-z]+>| ?[A-Za-z0-9]+|\s|[^\sA-Za-z0-9]")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(words_and_marks, "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token="<unk>",
+        chat_template=TINY_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+    ids = {name: i for i, name in enumerate(vocabulary)}
+    config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": len(vocabulary),
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 1024,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 6, 6]},
+            "initializer_range": 0.08,  # 1 / sqrt(hidden_size): the usual 0.02 is for models ten times as wide
+            "bos_token_id": None,
+            "eos_token_id": ids["<|im_end|>"],
+            "pad_token_id": ids["<|endoftext|>"],
+        },
+        vision_config={
+            "depth": 2,
+            "embed_dim": 64,
+            "hidden_size": 128,
+            "num_heads": 4,
+            "patch_size": 8,
+            "initializer_range": 0.08,
+        },
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=True,
+        initializer_range=0.08,
+        instruction="",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Qwen2VLForConditionalGeneration(config)
+    image_processor = Qwen2VLImageProcessorPil(patch_size=8, size={"shortest_edge": 16 * 16, "longest_edge": 96 * 96})
+    return Policy(model.to(device), tokenizer, image_processor, dtype=dtype)
