@@ -183,19 +183,15 @@ def respond(perception: str, reasoning: str, answer: str, tags: Tags = Tags()) -
 
 
 def demonstrate(example: Example, noise: float, rng: np.random.Generator) -> str:
-    """A response to imitate whose every stated fact is wrong (in color or shape) with probability `noise`.
+    """A response to imitate in which every color and every shape is misstated with probability `noise`.
 
     Reasoning and answer follow from what is stated, not from the image: fluent, consistent, and seeing things.
     """
-    stated = []
-    for fact in example.scene:
-        color, shape = fact.color, fact.shape
-        if rng.random() < noise:
-            if rng.random() < 0.5:
-                color = str(rng.choice([c for c in COLORS if c != color]))
-            else:
-                shape = str(rng.choice([s for s in SHAPES if s != shape]))
-        stated.append(Fact(fact.cell, color, shape))
+
+    def misstate(word: str, words: Iterable[str]) -> str:
+        return str(rng.choice([w for w in words if w != word])) if rng.random() < noise else word
+
+    stated = [Fact(f.cell, misstate(f.color, COLORS), misstate(f.shape, SHAPES)) for f in example.scene]
     perception = " " + ", ".join(map(str, stated))
     return respond(perception, example.query.reasoning(stated), f" {example.query.solve(stated)}")
 

@@ -11,12 +11,14 @@ Sampling and scoring share one function from hidden states to log-probs, so temp
 cannot differ between them. Prompts are padded on the left, responses on the right.
 """
 
-import json
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import huggingface_hub
 import torch
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -321,24 +323,38 @@ def load(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, 
     """
     if name == "tiny":
         return build_tiny(seed, device=device, dtype=dtype)
+    local = Path(name).is_dir() or not hub_answers()
     try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"--model {name}: not found as a folder, nor on the hub ({_first_line(error)})") from None
+        config = AutoConfig.from_pretrained(name, local_files_only=local)
+    except Exception as error:
+        where = "is not a model folder" if Path(name).exists() else "no such folder"
+        where += ", and the hub does not answer" if local and not Path(name).is_dir() else ""
+        raise InputError(f"--model {name}: {where} ({_first_line(error)})") from None
     if not hasattr(config, "vision_config") or not hasattr(config, "image_token_id"):
         raise InputError(f"--model {name}: a {config.model_type} model sees no images; take a Qwen-VL model")
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(
-            name, config=config, dtype=torch.float32, output_loading_info=True
+            name, config=config, dtype=torch.float32, output_loading_info=True, local_files_only=local
         )
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(name)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(name, local_files_only=local)
+    except Exception as error:
         raise InputError(f"--model {name}: cannot be loaded ({_first_line(error)})") from None
     if info["missing_keys"] or info["mismatched_keys"]:  # else they would silently stay random
         broken = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
         raise InputError(f"--model {name}: {len(broken)} weights are missing or misshapen, like {broken[0]}")
     return Policy(model.to(device), tokenizer, image_processor, dtype=dtype)
+
+
+def hub_answers(timeout: float = 5.0) -> bool:
+    """Ask once, instead of letting every download retry for half a minute. Without an answer only cached files are used."""
+    try:
+        urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=timeout).close()
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _first_line(error: Exception) -> str:
