@@ -28,6 +28,7 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    Cache,
     PreTrainedTokenizerFast,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
@@ -71,7 +72,13 @@ class Rollout:
 
 
 class Policy:
-    """A model, its tokenizer and its image processor. The model stays in eval mode: no dropout, ever."""
+    """A model, its tokenizer and its image processor. The model stays in eval mode: no dropout, ever.
+
+    With `share_prompts` a prompt is read once for the responses to it, in scoring and in the update as in sampling;
+    without, each response is scored with a prompt of its own: slower, the same numbers, and simpler to read (`_states`).
+    """
+
+    share_prompts = True
 
     def __init__(self, model, tokenizer, image_processor, *, dtype: torch.dtype = torch.float32):
         self.model, self.tokenizer, self.image_processor, self.dtype = model.eval(), tokenizer, image_processor, dtype
@@ -162,14 +169,10 @@ class Policy:
         """Sample G responses a prompt from pi at `temperature`: no top-k, no top-p, no penalties, whatever the model's
         generation_config says. The prompt is read once and its cache repeated for the group."""
         N, L = prompts.ids.shape
-        which = torch.arange(N, device=self.device)
-        with self._autocast():
-            out = self.model.model(**self._prompt_inputs(prompts, which), use_cache=True)
-        cache = out.past_key_values
-        cache.batch_repeat_interleave(group_size)
-        which = which.repeat_interleave(group_size)  # [B]
-        B = len(which)
-        hidden = out.last_hidden_state[which, -1]  # [B, H]; the prompt ends at L - 1, being padded on the left
+        cache, hidden = self._read(prompts, torch.arange(N, device=self.device))
+        which = torch.arange(N, device=self.device).repeat_interleave(group_size)  # [B]
+        cache.batch_select_indices(which)
+        hidden, B = hidden[which], len(which)  # [B, H]
         ids = torch.full((B, max_new_tokens), self.pad, device=self.device)
         logp = torch.zeros(B, max_new_tokens, device=self.device)
         mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=self.device)
@@ -234,19 +237,48 @@ class Policy:
         Returns:
             logp [B, T] with gradient (outside no_grad), entropy [B, T] without, in nats; both 0 at padding.
         """
-        L, mask = prompts.ids.shape[1], rollout.mask
-        visible = mask.long() if visible is None else visible.long()
-        inputs = self._prompt_inputs(prompts, rollout.prompt, corrupted)
+        visible = rollout.mask.long() if visible is None else visible.long()
         position = self._next_position(prompts)[rollout.prompt, None] + visible.cumsum(1) - visible  # [B, T]
-        inputs["input_ids"] = torch.cat([inputs["input_ids"], rollout.ids], 1)  # [B, L + T]
-        inputs["attention_mask"] = torch.cat([inputs["attention_mask"], visible], 1)
-        inputs["position_ids"] = torch.cat([inputs["position_ids"], position.expand(3, -1, -1)], 2)
-        with self._autocast():
-            hidden = self.model.model(**inputs, use_cache=False).last_hidden_state
-        hidden = hidden[:, L - 1 : -1]  # [B, T, H]; the state before token t predicts token t
+        states = self._states_sharing_prompts if self.share_prompts else self._states
+        hidden = states(prompts, rollout, corrupted, visible, position.expand(3, -1, -1))  # [B, T, H]
+        mask = rollout.mask
         logp, entropy = self._score(hidden[mask], rollout.ids[mask], temperature)  # padding is never scored
         empty = torch.zeros(mask.shape, device=mask.device)
         return empty.masked_scatter(mask, logp), empty.masked_scatter(mask, entropy)
+
+    def _states(self, prompts: Prompts, rollout: Rollout, corrupted: bool, visible: Tensor, position: Tensor) -> Tensor:
+        """[B, T, H], the state that predicts each response token. The plain way: every row with its own prompt."""
+        inputs, L = self._prompt_inputs(prompts, rollout.prompt, corrupted), prompts.ids.shape[1]
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], rollout.ids], 1)  # [B, L + T]
+        inputs["attention_mask"] = torch.cat([inputs["attention_mask"], visible], 1)
+        inputs["position_ids"] = torch.cat([inputs["position_ids"], position], 2)
+        with self._autocast():
+            hidden = self.model.model(**inputs, use_cache=False).last_hidden_state
+        return hidden[:, L - 1 : -1]  # the state before token t predicts token t
+
+    def _states_sharing_prompts(self, prompts: Prompts, rollout: Rollout, corrupted: bool, visible: Tensor, position: Tensor):
+        """The same states and gradients, with each prompt (and image) read once for all of its responses."""
+        which, row = rollout.prompt.unique(return_inverse=True)  # row[b]: where the prompt of response b is in `which`
+        cache, last = self._read(prompts, which, corrupted)
+        cache.batch_select_indices(row)
+        first, T = last[row, None], rollout.ids.shape[1]  # the prompt's last state predicts the first token
+        if T == 1:
+            return first
+        with self._autocast():
+            rest = self.model.model(
+                input_ids=rollout.ids[:, :-1],
+                attention_mask=torch.cat([prompts.mask[rollout.prompt], visible[:, :-1]], 1),
+                position_ids=position[:, :, :-1],
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+        return torch.cat([first, rest], 1)
+
+    def _read(self, prompts: Prompts, which: Tensor, corrupted: bool = False) -> tuple[Cache, Tensor]:
+        """Keys and values of the prompts `which` [n], and their last states [n, H]; they end at L - 1, padded on the left."""
+        with self._autocast():
+            out = self.model.model(**self._prompt_inputs(prompts, which, corrupted), use_cache=True)
+        return out.past_key_values, out.last_hidden_state[:, -1]
 
     def _score(self, hidden: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """[n, H], [n] -> log-probs [n], entropies [n]."""

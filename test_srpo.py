@@ -528,6 +528,19 @@ def test_sampled_log_probs_are_the_scored_ones(policy, scored):
     assert torch.allclose(alone[0], logp[5], atol=1e-5)  # property 8: whatever else is in the batch
 
 
+def test_sharing_prompts_changes_neither_log_probs_nor_gradients(policy, scored):
+    prompts, rollout, written = scored
+    results = []
+    for policy.share_prompts in (False, True):
+        policy.model.zero_grad()
+        rows = torch.tensor([1, 6, 7, 0])  # parts of groups, in any order
+        logp, _ = policy.log_probs(prompts, rollout[rows], temperature=0.7)
+        short, _ = policy.log_probs(prompts, model.Rollout(*(x[:, :1] for x in vars(written).values() if x.dim() == 2), written.prompt), temperature=1.0)
+        (logp.sum() + short.sum()).backward()
+        results.append([logp.detach(), short.detach()] + [p.grad.clone() for p in policy.model.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in zip(*results, strict=True))
+
+
 def test_placeholders_and_unknown_ids_are_neither_sampled_nor_counted(policy):
     hidden = torch.randn(5, 128)
     probabilities = policy._log_softmax(hidden, 1.0).exp()
