@@ -634,7 +634,7 @@ def numbers(folder):
 def test_training_improves_and_its_grpo_twin_too(cache, tmp_path, capsys):
     for algo in ("srpo", "grpo"):
         out = tmp_path / algo
-        assert train.main([*QUICK, "--cache", cache, "--out", str(out), "--algo", algo, "--steps", "20", "--lr", "2e-4"]) == 0
+        assert train.main([*QUICK, "--cache", cache, "--out", str(out), "--algo", algo, "--steps", "20", "--prompts", "16", "--lr", "1e-4"]) == 0
         shown = capsys.readouterr().out
         assert "ratio 1 within" in shown and "step 20" in shown and shown.count("the response is") == 3
         first, last = evals(out)

@@ -44,11 +44,11 @@ from srpo import (
 VERDICTS = ("reward", "accuracy", "format", "perception", "grounded", "consistent")
 # What an option left out means: for the tiny model, and for any other.
 DEFAULTS = {
-    "steps": (40, 200),
-    "prompts": (16, 8),
+    "steps": (60, 200),
+    "prompts": (32, 8),
     "max_new_tokens": (64, 512),
     "micro_batch": (128, 4),
-    "lr": (1e-4, 1e-6),
+    "lr": (5e-5, 1e-6),
     "image_size": (48, 336),
 }
 
@@ -398,7 +398,7 @@ def build_parser() -> Parser:
     add("--image-size", type=number(int, 24), default=None, help=f"side of drawn images in pixels {auto['image_size']}")
     add("--warmup-steps", type=number(int, 0), default=300, help="tiny: steps on true demonstrations")
     add("--noisy-steps", type=number(int, 0), default=100, help="tiny: further steps on demonstrations with wrong facts")
-    add("--warmup-noise", type=share, default=0.3, help="tiny: rate of wrong facts in those")
+    add("--warmup-noise", type=share, default=0.2, help="tiny: rate of wrong facts in those")
     add("--cache", metavar="DIR", default=str(cache), help="tiny: where warmed-up models are kept")
     return parser
 
@@ -430,7 +430,7 @@ def parse_options(argv: list[str] | None) -> tuple[argparse.Namespace, Path | No
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {args.device}: not available here ({model._first_line(error)}); try --device cpu") from None
     if args.eval_only and not args.out:
-        return args, None
+        return args, Path(args.resume) if args.resume else None
     return args, claim(args)
 
 
@@ -465,7 +465,7 @@ def main(argv: list[str] | None = None) -> int:
             policy, held_out = prepare(args, out)[0], task.eval_set(args.eval_size)
             result = {"step": 0, "eval": evaluate(policy, held_out, args)[0]}
             print(json.dumps(result))
-            if out:
+            if args.out:
                 with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
                     write(file, result)
             show_samples(policy, held_out[:3], args)
