@@ -11,6 +11,7 @@ Sampling and scoring share one function from hidden states to log-probs, so temp
 cannot differ between them. Prompts are padded on the left, responses on the right.
 """
 
+import copy
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -66,9 +67,10 @@ class Rollout:
     mask: Tensor  # [B, T] bool, True up to and including EOS
     logp: Tensor  # [B, T] float32, as sampled; 0 at padding
     prompt: Tensor  # [B], which prompt each row answers
+    read: tuple[Cache, Tensor] | None = None  # the prompts as the policy read them when it sampled
 
     def __getitem__(self, rows: Tensor) -> "Rollout":
-        return Rollout(self.ids[rows], self.mask[rows], self.logp[rows], self.prompt[rows])
+        return Rollout(self.ids[rows], self.mask[rows], self.logp[rows], self.prompt[rows], self.read)
 
 
 class Policy:
@@ -169,15 +171,15 @@ class Policy:
         """Sample G responses a prompt from pi at `temperature`: no top-k, no top-p, no penalties, whatever the model's
         generation_config says. The prompt is read once and its cache repeated for the group."""
         N, L = prompts.ids.shape
-        cache, hidden = self._read(prompts, torch.arange(N, device=self.device))
+        read = self._read(prompts, torch.arange(N, device=self.device))
         which = torch.arange(N, device=self.device).repeat_interleave(group_size)  # [B]
-        cache.batch_select_indices(which)
-        hidden, B = hidden[which], len(which)  # [B, H]
+        cache, hidden = _for_rows(read, which)  # hidden: [B, H]
+        B = len(which)
         ids = torch.full((B, max_new_tokens), self.pad, device=self.device)
         logp = torch.zeros(B, max_new_tokens, device=self.device)
         mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=self.device)
         attention = torch.cat([prompts.mask[which], mask.long() + 1], 1)  # [B, L + max_new_tokens]
-        position = self._next_position(prompts)[which]  # [B]
+        position = self._positions(prompts, which, mask + True)  # [3, B, max_new_tokens]
         alive = torch.ones(B, dtype=torch.bool, device=self.device)
         eos = torch.tensor(self.eos, device=self.device)
         for t in range(max_new_tokens):
@@ -193,12 +195,12 @@ class Policy:
                 hidden = self.model.model(
                     input_ids=ids[:, t : t + 1],
                     attention_mask=attention[:, : L + t + 1],
-                    position_ids=(position + t).view(1, B, 1).expand(3, B, 1),
+                    position_ids=position[:, :, t : t + 1],
                     past_key_values=cache,
                     use_cache=True,
                 ).last_hidden_state[:, -1]
         T = int(mask.sum(1).max())
-        return Rollout(ids[:, :T], mask[:, :T], logp[:, :T], which)
+        return Rollout(ids[:, :T], mask[:, :T], logp[:, :T], which, read)
 
     def decode(self, rollout: Rollout) -> list[tuple[str, list[tuple[int, int]]]]:
         """Text of each response without EOS, and the characters that each of its tokens touches."""
@@ -224,51 +226,73 @@ class Policy:
         temperature: float,
         corrupted: bool = False,
         visible: Tensor | None = None,
+        wanted: Tensor | None = None,
+        reuse: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Log-probs of the sampled tokens, fp32, and the entropy of pi at each position.
 
-        Logits are computed at response positions only, a chunk at a time, and again in the backward pass instead of
+        Logits are computed at wanted positions only, a chunk at a time, and again in the backward pass instead of
         being kept: with a vocabulary of 152 000 they would otherwise be most of the memory.
 
         Args:
             corrupted: use the corrupted images, Eq. (2).
             visible: [B, T], response tokens that later ones may attend to, by default all; `without_perception` for
                 Eq. (3). Positions are counted over visible tokens, so hidden ones leave no gap.
+            wanted: [B, T], visible tokens whose log-prob is asked for, by default all of the response.
+            reuse: take the prompts as they were read for sampling. Right only while the weights have not moved since,
+                without gradient, and with the original images.
         Returns:
-            logp [B, T] with gradient (outside no_grad), entropy [B, T] without, in nats; both 0 at padding.
+            logp [B, T] with gradient (outside no_grad), entropy [B, T] without, in nats; both 0 where not wanted.
         """
-        visible = rollout.mask.long() if visible is None else visible.long()
-        position = self._next_position(prompts)[rollout.prompt, None] + visible.cumsum(1) - visible  # [B, T]
-        states = self._states_sharing_prompts if self.share_prompts else self._states
-        hidden = states(prompts, rollout, corrupted, visible, position.expand(3, -1, -1))  # [B, T, H]
-        mask = rollout.mask
-        logp, entropy = self._score(hidden[mask], rollout.ids[mask], temperature)  # padding is never scored
-        empty = torch.zeros(mask.shape, device=mask.device)
-        return empty.masked_scatter(mask, logp), empty.masked_scatter(mask, entropy)
+        visible = rollout.mask if visible is None else visible.bool()
+        wanted = rollout.mask if wanted is None else wanted.bool()
+        empty = torch.zeros(wanted.shape, device=self.device)
+        if not wanted.any():
+            return empty, empty
+        if not self.share_prompts:
+            hidden = self._states(prompts, rollout.ids, visible, rollout.prompt, corrupted)  # [B, T, H]
+            logp, entropy = self._score(hidden[wanted], rollout.ids[wanted], temperature)
+            return empty.masked_scatter(wanted, logp), empty.masked_scatter(wanted, entropy)
+        # Leave out what no wanted token can see: hidden tokens, and all after the last wanted one.
+        kept = visible & (wanted.flip(1).cumsum(1).flip(1) > 0)
+        order = kept.long().argsort(dim=1, descending=True, stable=True)[:, : int(kept.sum(1).max())]  # [B, K], kept first
+        ids, kept, picked = (x.gather(1, order) for x in (rollout.ids, kept, wanted & visible))
+        hidden = self._states_sharing_prompts(
+            prompts, ids, kept, rollout.prompt, corrupted, rollout.read if reuse else None
+        )  # [B, K, H]
+        scores = self._score(hidden[picked], ids[picked], temperature)
+        logp, entropy = (empty.scatter(1, order, empty[:, : order.shape[1]].masked_scatter(picked, x)) for x in scores)
+        return logp, entropy
 
-    def _states(self, prompts: Prompts, rollout: Rollout, corrupted: bool, visible: Tensor, position: Tensor) -> Tensor:
-        """[B, T, H], the state that predicts each response token. The plain way: every row with its own prompt."""
-        inputs, L = self._prompt_inputs(prompts, rollout.prompt, corrupted), prompts.ids.shape[1]
-        inputs["input_ids"] = torch.cat([inputs["input_ids"], rollout.ids], 1)  # [B, L + T]
-        inputs["attention_mask"] = torch.cat([inputs["attention_mask"], visible], 1)
-        inputs["position_ids"] = torch.cat([inputs["position_ids"], position], 2)
+    def _states(self, prompts: Prompts, ids: Tensor, visible: Tensor, which: Tensor, corrupted: bool) -> Tensor:
+        """[B, T, H], the state that predicts each response token. The plain way: every row with a prompt of its own,
+        hidden tokens in their place with their attention mask at 0."""
+        inputs, L = self._prompt_inputs(prompts, which, corrupted), prompts.ids.shape[1]
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], 1)  # [B, L + T]
+        inputs["attention_mask"] = torch.cat([inputs["attention_mask"], visible.long()], 1)
+        inputs["position_ids"] = torch.cat([inputs["position_ids"], self._positions(prompts, which, visible)], 2)
         with self._autocast():
             hidden = self.model.model(**inputs, use_cache=False).last_hidden_state
         return hidden[:, L - 1 : -1]  # the state before token t predicts token t
 
-    def _states_sharing_prompts(self, prompts: Prompts, rollout: Rollout, corrupted: bool, visible: Tensor, position: Tensor):
-        """The same states and gradients, with each prompt (and image) read once for all of its responses."""
-        which, row = rollout.prompt.unique(return_inverse=True)  # row[b]: where the prompt of response b is in `which`
-        cache, last = self._read(prompts, which, corrupted)
-        cache.batch_select_indices(row)
-        first, T = last[row, None], rollout.ids.shape[1]  # the prompt's last state predicts the first token
-        if T == 1:
+    def _states_sharing_prompts(
+        self, prompts: Prompts, ids: Tensor, visible: Tensor, which: Tensor, corrupted: bool, read
+    ) -> Tensor:
+        """The same states and gradients, with each prompt and image read once for all responses to it."""
+        if read is None:
+            named, which_read = which.unique(return_inverse=True)
+            read = self._read(prompts, named, corrupted)
+        else:
+            which_read = which
+        cache, last = _for_rows(read, which_read)
+        first = last[:, None]  # [B, 1, H]: the prompt's last state predicts the first token
+        if ids.shape[1] == 1:
             return first
         with self._autocast():
             rest = self.model.model(
-                input_ids=rollout.ids[:, :-1],
-                attention_mask=torch.cat([prompts.mask[rollout.prompt], visible[:, :-1]], 1),
-                position_ids=position[:, :, :-1],
+                input_ids=ids[:, :-1],
+                attention_mask=torch.cat([prompts.mask[which], visible[:, :-1].long()], 1),
+                position_ids=self._positions(prompts, which, visible)[:, :, :-1],
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state
@@ -311,9 +335,11 @@ class Policy:
             "image_grid_thw": torch.cat([prompts.grids[i] for i in rows]),
         }
 
-    def _next_position(self, prompts: Prompts) -> Tensor:
-        """[N]: M-RoPE position of the first response token, one past the largest of the prompt on any axis."""
-        return prompts.positions.amax((0, 2)) + 1
+    def _positions(self, prompts: Prompts, which: Tensor, visible: Tensor) -> Tensor:
+        """[3, B, T]: M-RoPE positions of response tokens. They count up from one past the largest of the prompt on any
+        axis, the same on all three, over visible tokens only."""
+        first = prompts.positions[:, which].amax((0, 2))[:, None] + 1
+        return (first + visible.long().cumsum(1) - visible.long()).expand(3, -1, -1)
 
     def _autocast(self):
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
@@ -327,6 +353,14 @@ class Policy:
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
+
+
+def _for_rows(read: tuple[Cache, Tensor], rows: Tensor) -> tuple[Cache, Tensor]:
+    """A copy of the prompts' cache and last states with one entry for each of `rows`; differentiable."""
+    cache, last = copy.copy(read[0]), read[1]
+    cache.layers = [copy.copy(layer) for layer in cache.layers]
+    cache.batch_select_indices(rows)
+    return cache, last[rows]
 
 
 def _token_bytes(tokenizer) -> list[bytes]:

@@ -518,6 +518,13 @@ def scored(policy):
     return prompts, rollout, written
 
 
+def roles_and_visible(policy, written):
+    roles = torch.zeros(written.mask.shape, dtype=torch.long)
+    for row, (text, offsets) in enumerate(policy.decode(written)):
+        roles[row, : len(offsets)] = token_roles(text, offsets)
+    return roles, without_perception(written.mask, roles)
+
+
 def test_sampled_log_probs_are_the_scored_ones(policy, scored):
     prompts, rollout, _ = scored
     assert (prompts.mask == 0).any()
@@ -528,17 +535,38 @@ def test_sampled_log_probs_are_the_scored_ones(policy, scored):
     assert torch.allclose(alone[0], logp[5], atol=1e-5)  # property 8: whatever else is in the batch
 
 
-def test_sharing_prompts_changes_neither_log_probs_nor_gradients(policy, scored):
+def test_the_fast_path_has_the_log_probs_and_gradients_of_the_plain_one(policy, scored):
+    """Prompts read once, hidden and trailing tokens left out, against every row with its own prompt and all its tokens."""
     prompts, rollout, written = scored
+    roles, visible = roles_and_visible(policy, written)
+    rows = torch.tensor([1, 6, 7, 0])  # parts of groups, in any order
     results = []
     for policy.share_prompts in (False, True):
         policy.model.zero_grad()
-        rows = torch.tensor([1, 6, 7, 0])  # parts of groups, in any order
-        logp, _ = policy.log_probs(prompts, rollout[rows], temperature=0.7)
-        short, _ = policy.log_probs(prompts, model.Rollout(*(x[:, :1] for x in vars(written).values() if x.dim() == 2), written.prompt), temperature=1.0)
-        (logp.sum() + short.sum()).backward()
-        results.append([logp.detach(), short.detach()] + [p.grad.clone() for p in policy.model.parameters()])
+        score = lambda which, **options: policy.log_probs(prompts, which, temperature=0.7, **options)[0]  # noqa: E731
+        found = [score(rollout[rows]), score(written)]
+        found += [score(written, corrupted=True, wanted=roles == P), score(written, visible=visible, wanted=roles == R)]
+        sum(x.sum() for x in found).backward()
+        with torch.no_grad():
+            found.append(score(rollout, reuse=True))
+            found.append(score(rollout, wanted=torch.zeros_like(rollout.mask)))
+            first = replace(written, ids=written.ids[:, :1], mask=written.mask[:, :1])
+            found.append(score(first))
+        results.append([x.detach() for x in found] + [p.grad.clone() for p in policy.model.parameters()])
     assert all(torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in zip(*results, strict=True))
+    assert torch.equal(results[1][3] != 0, roles == R) and not results[1][5].any()
+
+
+def test_micro_batches_keep_groups_together_and_stay_within_the_budget(scored):
+    lengths, prompt = torch.randint(1, 40, (48,)), torch.arange(12).repeat_interleave(4)
+    mask = torch.arange(40) < lengths[:, None]
+    rollout = model.Rollout(mask.long(), mask, mask.float(), prompt)
+    used = torch.tensor([b for b in range(48) if b % 5])
+    batches = train.micro_batches(rollout, used, prompt_length=30, budget=400)
+    assert sorted(torch.cat(batches).tolist()) == used.tolist() and 3 < len(batches) < 12
+    assert all(30 * len(set(prompt[b].tolist())) + len(b) * lengths[b].max() <= 400 for b in batches)
+    assert [len(b) for b in train.micro_batches(rollout, used[:5], 30, 1)] == [1] * 5
+    assert train.micro_batches(rollout, used[:0], 30, 400) == []
 
 
 def test_placeholders_and_unknown_ids_are_neither_sampled_nor_counted(policy):
@@ -548,12 +576,11 @@ def test_placeholders_and_unknown_ids_are_neither_sampled_nor_counted(policy):
     assert (probabilities[:, policy.forbidden] == 0).all() and torch.allclose(probabilities.sum(1), torch.ones(5))
 
 
-def test_hidden_perception_equals_removed_perception_and_contrasts_are_not_zero(policy, scored):
+@pytest.mark.parametrize("share", [False, True])
+def test_hidden_perception_equals_removed_perception_and_contrasts_are_not_zero(policy, scored, share, monkeypatch):
+    monkeypatch.setattr(policy, "share_prompts", share)
     prompts, _, written = scored
-    roles = torch.zeros(written.mask.shape, dtype=torch.long)
-    for row, (text, offsets) in enumerate(policy.decode(written)):
-        roles[row, : len(offsets)] = token_roles(text, offsets)
-    visible = without_perception(written.mask, roles)
+    roles, visible = roles_and_visible(policy, written)
     with torch.no_grad():
         logp, _ = policy.log_probs(prompts, written, temperature=1.0)
         corrupted, _ = policy.log_probs(prompts, written, temperature=1.0, corrupted=True)
@@ -658,7 +685,7 @@ SMALL = ["--steps", "6", "--prompts", "4", "--group-size", "4", "--save-every", 
 
 
 def test_a_killed_run_resumes_to_the_same_numbers(cache, tmp_path):
-    options = [*QUICK, *SMALL, "--inner-epochs", "2", "--micro-batch", "3", "--cache", cache]
+    options = [*QUICK, *SMALL, "--inner-epochs", "2", "--micro-batch", "300", "--cache", cache]
     assert train.main([*options, "--out", str(tmp_path / "whole")]) == 0
     expected = numbers(tmp_path / "whole")
     assert len(expected) == 8 and expected[3]["kl"] > 0

@@ -47,7 +47,7 @@ DEFAULTS = {
     "steps": (60, 200),
     "prompts": (32, 8),
     "max_new_tokens": (64, 512),
-    "micro_batch": (128, 4),
+    "micro_batch": (16384, 4096),
     "lr": (5e-5, 1e-6),
     "image_size": (48, 336),
 }
@@ -62,6 +62,7 @@ def train(args: argparse.Namespace, out: Path) -> None:
     if start == 0:
         write(metrics, {"step": 0, "eval": evaluate(policy, held_out, args)[0]})
 
+    contrasts = args.algo == "srpo" and args.lam > 0
     bar = tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, desc=args.algo, disable=None)
     for step in bar:
         clock = [time.perf_counter()]
@@ -69,7 +70,7 @@ def train(args: argparse.Namespace, out: Path) -> None:
         # Sample G responses to each prompt. One corrupted image a prompt, shared by its group.
         examples = task.train_batch(step - 1, args.prompts)
         corruption = partial(corrupt_for_step, args, policy.patch, step)
-        prompts = policy.encode(examples, corruption if args.algo == "srpo" else None)
+        prompts = policy.encode(examples, corruption if contrasts else None)
         rollout = policy.sample(
             prompts,
             args.group_size,
@@ -86,40 +87,43 @@ def train(args: argparse.Namespace, out: Path) -> None:
         verdicts = [verify(text, examples[i]) for (text, _), i in zip(responses, rollout.prompt.tolist(), strict=True)]
         A = group_advantages([v.reward for v in verdicts], args.group_size).to(mask.device)  # [B], Eq. (1)
         used = torch.arange(len(A), device=mask.device) if args.kl_coef else A.nonzero()[:, 0]
-        batches = [rows for rows in used.split(args.micro_batch) if len(rows)]
+        batches = micro_batches(rollout, used, prompts.ids.shape[1], args.micro_batch)
 
-        # Score the sampled tokens: under pi_old, and for SRPO with a corrupted image and with the perception removed.
+        # Counterfactuals: the sampled perception under the corrupted image, the reasoning without the perception.
         roles = torch.zeros(mask.shape, dtype=torch.long)  # [B, T]
         for row, (text, offsets) in enumerate(responses):
             roles[row, : len(offsets)] = token_roles(text, offsets)
         roles = roles.to(mask.device)
-        old_logp, ref_logp, entropy = (torch.zeros(mask.shape, device=mask.device) for _ in range(3))  # [B, T]
+        old_logp, logp_corrupted, logp_blank, ref_logp, entropy = (torch.zeros_like(rollout.logp) for _ in range(5))
         w = torch.ones_like(old_logp)  # [B, T]
         with torch.no_grad():
             for rows in batches:
                 logp_of = partial(policy.log_probs, prompts, rollout[rows], temperature=args.temperature)
-                old_logp[rows], entropy[rows] = logp_of()
-                if args.algo == "srpo" and args.lam > 0:
-                    logp_corrupted, _ = logp_of(corrupted=True)
-                    logp_blank, _ = logp_of(visible=without_perception(mask[rows], roles[rows]))
-                    scores = contrast_scores(old_logp[rows], logp_corrupted, logp_blank, roles[rows])  # Eq. (2)-(4)
-                    w[rows] = token_weights(scores, roles[rows], tau=args.tau)  # Eq. (5), (6), (9)
+                if contrasts:
+                    visible = without_perception(mask[rows], roles[rows])
+                    logp_corrupted[rows], _ = logp_of(corrupted=True, wanted=roles[rows] == Role.PERCEPTION)
+                    logp_blank[rows], _ = logp_of(visible=visible, wanted=roles[rows] == Role.REASONING, reuse=True)
                 if reference is not None:
                     ref_logp[rows], _ = reference.log_probs(prompts, rollout[rows], temperature=args.temperature)
-        A_hat = role_aware_advantages(A, w, args.lam)  # [B, T], Eq. (7)
         clock.append(time.perf_counter())
 
-        # Update: Eq. (8), one optimizer step an inner epoch. Micro-batches add up to the gradient of the whole batch.
+        # Update: one optimizer step an inner epoch. Micro-batches add up to the gradient of the whole batch.
         total = dict.fromkeys(("loss", "clip_frac", "kl", "grad_norm"), 0.0)
         for epoch in range(args.inner_epochs if batches else 0):
             for rows in batches:
-                logp, _ = policy.log_probs(prompts, rollout[rows], temperature=args.temperature)
-                if epoch == 0 and rows is batches[0] and step == start + 1:
-                    check_ratio(logp, old_logp[rows], rollout[rows])
-                loss, stats = policy_loss(
+                logp, entropy_now = policy.log_probs(prompts, rollout[rows], temperature=args.temperature)
+                if epoch == 0:  # no step has been taken yet: this is pi_old
+                    old_logp[rows], entropy[rows] = logp.detach(), entropy_now
+                    if contrasts:
+                        scores = contrast_scores(old_logp[rows], logp_corrupted[rows], logp_blank[rows], roles[rows])
+                        w[rows] = token_weights(scores, roles[rows], tau=args.tau)  # Eq. (2) to (6), (9)
+                    if step == start + 1 and rows is batches[0]:
+                        check_ratio(logp, rollout[rows], args.dtype)
+                A_hat = role_aware_advantages(A[rows], w[rows], args.lam)  # [b, T], Eq. (7)
+                loss, stats = policy_loss(  # Eq. (8)
                     logp,
                     old_logp[rows],
-                    A_hat[rows],
+                    A_hat,
                     mask[rows],
                     clip_low=args.clip_low,
                     clip_high=args.clip_high,
@@ -159,14 +163,29 @@ def train(args: argparse.Namespace, out: Path) -> None:
     summarize(out, policy, held_out, args)
 
 
-def check_ratio(logp, old_logp, rollout, tolerance: float = 1e-4) -> None:
-    """Before the first update, the policy being trained is the policy that sampled: every ratio must be 1."""
-    ratio = (logp.detach() - old_logp).exp()[rollout.mask]
-    off = (ratio - 1).abs().max().item()
-    resampled = (old_logp - rollout.logp).abs().max().item()
-    tqdm.write(f"first update: ratio 1 within {off:.1e}; sampled and scored log-probs agree within {resampled:.1e}")
-    if not off <= tolerance:
-        raise RuntimeError(f"the ratio before the first update is off 1 by {off:.1e}, more than {tolerance:.0e}")
+def micro_batches(rollout, used: torch.Tensor, prompt_length: int, budget: int) -> list[torch.Tensor]:
+    """Split the rows `used` so that none reads over `budget` tokens: its prompts once, its responses padded to the longest.
+
+    Responses to one prompt stay together, and groups of similar length come together. One row goes whatever it costs.
+    """
+    length, prompt = rollout.mask.sum(1).tolist(), rollout.prompt.tolist()
+    longest = {}
+    for row in used.tolist():
+        longest[prompt[row]] = max(longest.get(prompt[row], 0), length[row])
+    batches = [[]]
+    for row in sorted(used.tolist(), key=lambda b: (longest[prompt[b]], prompt[b], length[b])):
+        batch = [*batches[-1], row]
+        cost = len({prompt[b] for b in batch}) * prompt_length + len(batch) * max(length[b] for b in batch)
+        batches = [*batches, [row]] if cost > budget and batches[-1] else [*batches[:-1], batch]
+    return [torch.tensor(batch, device=rollout.ids.device) for batch in batches if batch]
+
+
+def check_ratio(logp, rollout, dtype: str) -> None:
+    """Before the first update the policy is the one that sampled: every ratio must be 1, up to rounding."""
+    off = ((logp.detach() - rollout.logp).exp() - 1)[rollout.mask].abs().max().item()
+    tqdm.write(f"before the first update: ratio to the sampling policy 1 within {off:.1e}")
+    if dtype == "float32" and not off <= 1e-4:
+        raise RuntimeError(f"the ratio before the first update is off 1 by {off:.1e}, more than 1e-4")
 
 
 def averages(verdicts) -> dict[str, float | None]:
@@ -374,7 +393,7 @@ def build_parser() -> Parser:
     add("--group-size", type=number(int, 2), default=8, help="G, responses to each prompt")
     add("--max-new-tokens", type=count, default=None, help=f"longest response {auto['max_new_tokens']}")
     add("--inner-epochs", type=count, default=1, help="optimizer steps on each batch of responses")
-    add("--micro-batch", type=count, default=None, help=f"responses in memory at a time {auto['micro_batch']}")
+    add("--micro-batch", type=count, default=None, help=f"tokens in memory at a time, prompts counted once a group {auto['micro_batch']}")
     add("--lr", type=positive, default=None, help=f"learning rate of AdamW {auto['lr']}")
     add("--max-grad-norm", type=positive, default=1.0, help="gradients are scaled down to this norm")
     add("--temperature", type=positive, default=1.0, help="of sampling, and of every log-prob")
