@@ -12,6 +12,7 @@ cannot differ between them. Prompts are padded on the left, responses on the rig
 """
 
 import copy
+import json
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -35,6 +36,7 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.utils import cached_file
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from data import CELLS, COLORS, SHAPES, Example, InputError
@@ -82,7 +84,7 @@ class Policy:
 
     share_prompts = True
 
-    def __init__(self, model, tokenizer, image_processor, *, dtype: torch.dtype = torch.float32):
+    def __init__(self, model, tokenizer, image_processor, *, dtype: torch.dtype = torch.float32, max_pixels: int | None = None):
         self.model, self.tokenizer, self.image_processor, self.dtype = model.eval(), tokenizer, image_processor, dtype
         self.device = model.device
         config = model.config
@@ -90,6 +92,9 @@ class Policy:
         self.instruction = getattr(config, "instruction", INSTRUCTION)  # tiny has learned the form and needs none
         self.patch = image_processor.patch_size
         self.factor = self.patch * image_processor.merge_size
+        low, high = image_processor.size["shortest_edge"], image_processor.size["longest_edge"]  # areas, despite the names
+        high = min(high, max(max_pixels or high, self.factor**2))
+        self.pixels = min(low, high), high
         eos = model.generation_config.eos_token_id
         self.eos = sorted({tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None})
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos[0]
@@ -105,10 +110,7 @@ class Policy:
 
     def fit(self, image: Image.Image) -> Image.Image:
         """RGB image resized as the model wants it: whole patches, and a number of them within the processor's limits."""
-        size = self.image_processor.size
-        height, width = smart_resize(
-            image.height, image.width, self.factor, size["shortest_edge"], size["longest_edge"]
-        )
+        height, width = smart_resize(image.height, image.width, self.factor, *self.pixels)
         image = image.convert("RGB")
         return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
 
@@ -381,9 +383,15 @@ def _token_bytes(tokenizer) -> list[bytes]:
 # ------------------------------------------------------------------------------------------------------------- loading
 
 
-def load(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0) -> Policy:
+def load(
+    name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0, max_pixels: int | None = None
+) -> Policy:
     """The built-in model ("tiny", random weights from `seed`), a folder, or a hub name; weights are always fp32 masters.
 
+    Args:
+        dtype: of computing; anything but float32 runs under autocast.
+        max_pixels: area that images are shrunk to, below the image processor's own limit; one visual token covers
+            28 x 28 pixels in Qwen2-VL and Qwen2.5-VL, 32 x 32 in Qwen3-VL.
     Raises:
         InputError: it cannot be found, is not a vision-language model of this family, or its weights do not match.
     """
@@ -403,13 +411,26 @@ def load(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, 
             name, config=config, dtype=torch.float32, output_loading_info=True, local_files_only=local
         )
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
+        tokenizer.chat_template = chat_template(name, local) or tokenizer.chat_template
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(name, local_files_only=local)
     except Exception as error:
         raise InputError(f"--model {name}: cannot be loaded ({_first_line(error)})") from None
     if info["missing_keys"] or info["mismatched_keys"]:  # else they would silently stay random
         broken = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
         raise InputError(f"--model {name}: {len(broken)} weights are missing or misshapen, like {broken[0]}")
-    return Policy(model.to(device), tokenizer, image_processor, dtype=dtype)
+    if "image" not in str(tokenizer.chat_template):
+        raise InputError(f"--model {name}: has no chat template with images (chat_template.json or chat_template.jinja)")
+    return Policy(model.to(device), tokenizer, image_processor, dtype=dtype, max_pixels=max_pixels)
+
+
+def chat_template(name: str, local: bool) -> str | None:
+    """The template for images, which older folders keep apart from the tokenizer's own, text-only one."""
+    for file in ("chat_template.jinja", "chat_template.json"):
+        path = cached_file(name, file, local_files_only=local, _raise_exceptions_for_missing_entries=False)
+        if path is not None:
+            text = Path(path).read_text(encoding="utf-8")
+            return json.loads(text)["chat_template"] if file.endswith(".json") else text
+    return None
 
 
 def hub_answers(timeout: float = 5.0) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 
 import data
@@ -631,6 +632,75 @@ def test_saved_folder_restores_every_weight_and_word(policy, tmp_path):
     save_file(tensors, weights, metadata={"format": "pt"})
     with pytest.raises(data.InputError, match="missing"):
         model.load(str(tmp_path))
+
+
+TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+EYES = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64}
+FAMILY = {
+    "Qwen2VLConfig": {"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": 64},
+    "Qwen2_5_VLConfig": EYES | {"window_size": 56, "fullatt_block_indexes": [1]},
+    "Qwen3VLConfig": EYES | {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64},
+}
+
+
+def hub_folder(folder, name, policy):
+    """A small random model of class `name` in the layout of the hub, with the generation_config that Qwen2-VL ships."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    sizes = {"vocab_size": len(policy.tokenizer) + 30, "head_dim": 16, "initializer_range": 0.1, "rope_parameters": rope}
+    ids = {k: getattr(policy.model.config, k) for k in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")}
+    torch.manual_seed(0)
+    eyes = FAMILY[name] | {"initializer_range": 0.1}
+    config = getattr(transformers, name)(text_config=TEXT | sizes, vision_config=eyes, instruction="", **ids)
+    net = transformers.AutoModelForImageTextToText.from_config(config)
+    settings = {"do_sample": True, "top_k": 1, "top_p": 0.001, "repetition_penalty": 1.05, "eos_token_id": [policy.eos[0], policy.pad]}
+    net.generation_config = transformers.GenerationConfig(**settings, pad_token_id=policy.pad)
+    net.save_pretrained(folder, max_shard_size="100KB")
+    policy.tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").rename(folder / "chat_template.json")
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": model.TINY_TEMPLATE}))
+    side = config.vision_config.patch_size
+    processor = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": side, "merge_size": 2, "temporal_patch_size": 2}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor | {"min_pixels": 4 * side**2, "max_pixels": 10**6}))
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_whole_family_runs_through_the_same_code(name, policy, tmp_path):
+    folder = hub_folder(tmp_path / "hub", name, policy)
+    assert len(list((tmp_path / "hub").glob("*.safetensors"))) > 3
+    its = model.load(folder, max_pixels=100 * 100)
+    images = [Image.fromarray(np.random.default_rng(i).integers(0, 255, size, dtype=np.uint8)) for i, size in
+              enumerate([(64, 64, 3), (90, 200, 3), (300, 300, 3)])]  # fmt: skip
+    examples = [data.Example(tuple(images[:1]), "What color is at b2?", "red"), data.Example(tuple(images), "How many red?", "2")]
+    assert all(w * h <= 100 * 100 + 64 * 64 and w % its.factor == 0 for w, h in (its.fit(i).size for i in images))
+    prompts = its.encode(examples, lambda i, image: corrupt(image, patch=its.patch, seed=i))
+    rollout = its.sample(prompts, 8, max_new_tokens=12, temperature=1.0, generator=torch.Generator().manual_seed(0))
+    assert len({tuple(row) for row in rollout.ids[:8].tolist()}) > 4  # top_k = 1 has not leaked in
+    assert not torch.isin(rollout.ids, its.forbidden).any() and len(its.forbidden) == 32
+    texts = [data.respond(" a1 red circle", " a1 red so 1", " 1"), data.respond(" b2 blue square, c1 red circle", " b2 no so 0", " 0")]
+    written = its.as_rollout(texts)
+    roles, visible = roles_and_visible(its, written)
+    found = []
+    for its.share_prompts in (False, True):
+        its.model.zero_grad()
+        logp, _ = its.log_probs(prompts, rollout, temperature=1.0)
+        assert torch.allclose(logp, rollout.logp, atol=1e-4)  # ratio 1
+        with torch.no_grad():
+            plain, _ = its.log_probs(prompts, written, temperature=1.0)
+            corrupted, _ = its.log_probs(prompts, written, temperature=1.0, corrupted=True, wanted=roles == P)
+            blank, _ = its.log_probs(prompts, written, temperature=1.0, visible=visible, wanted=roles == R)
+        scores = contrast_scores(plain, corrupted, blank, roles)
+        assert (scores[roles == P].abs() > 1e-5).all() and (scores[roles == R].abs() > 1e-5).all()
+        loss, _ = policy_loss(logp, rollout.logp, torch.linspace(-1, 1, 16), rollout.mask)
+        loss.backward()
+        found.append([scores] + [p.grad.clone() for p in its.model.parameters() if p.grad is not None])
+    assert all(torch.allclose(a, b, atol=2e-4) for a, b in zip(*found, strict=True))
+    before = {k: v.clone() for k, v in its.model.state_dict().items()}
+    torch.optim.AdamW(its.model.parameters(), lr=1e-3).step()
+    its.save(tmp_path / "saved")
+    mine, again = its.model.state_dict(), model.load(str(tmp_path / "saved")).model.state_dict()
+    assert mine.keys() == again.keys() and all(torch.equal(mine[k], again[k]) for k in mine)
+    assert sum(not torch.equal(mine[k], before[k]) for k in mine) > len(mine) / 2
 
 
 def test_a_placeholder_in_the_question_is_refused(policy):

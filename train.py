@@ -251,7 +251,7 @@ def drawn_task(args) -> DrawnTask:
 def prepare(args, out: Path | None = None):
     """Policy, reference policy (or None), optimizer, and the number of steps already done."""
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[args.dtype]
-    load = partial(model.load, device=args.device, dtype=dtype)
+    load = partial(model.load, device=args.device, dtype=dtype, max_pixels=args.max_pixels)
     checkpoint = last_checkpoint(out) if out else None
     initial = args.model if args.model != "tiny" else warmed_up(args)
     policy = load(str(checkpoint or initial))
@@ -393,6 +393,7 @@ def build_parser() -> Parser:
     add("--group-size", type=number(int, 2), default=8, help="G, responses to each prompt")
     add("--max-new-tokens", type=count, default=None, help=f"longest response {auto['max_new_tokens']}")
     add("--inner-epochs", type=count, default=1, help="optimizer steps on each batch of responses")
+    add("--max-pixels", type=count, default=None, help="area that images are shrunk to, to save visual tokens (default: the model's)")
     add("--micro-batch", type=count, default=None, help=f"tokens in memory at a time, prompts counted once a group {auto['micro_batch']}")
     add("--lr", type=positive, default=None, help=f"learning rate of AdamW {auto['lr']}")
     add("--max-grad-norm", type=positive, default=1.0, help="gradients are scaled down to this norm")
