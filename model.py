@@ -83,6 +83,7 @@ class Policy:
     """
 
     share_prompts = True
+    adapter = None  # peft's wrapper around `model` when LoRA is in use
 
     def __init__(self, model, tokenizer, image_processor, *, dtype: torch.dtype = torch.float32, max_pixels: int | None = None):
         self.model, self.tokenizer, self.image_processor, self.dtype = model.eval(), tokenizer, image_processor, dtype
@@ -346,13 +347,28 @@ class Policy:
     def _autocast(self):
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
 
-    def freeze(self) -> "Policy":
-        self.model.requires_grad_(False)
-        return self
+    # ---------------------------------------------------------------------------------------------- weights and files
 
-    def save(self, folder: str | Path) -> None:
-        """Hugging Face layout: weights, configs, tokenizer with its chat template, image processor."""
-        self.model.save_pretrained(folder)
+    def add_lora(self, rank: int) -> None:
+        """Freeze everything and put trainable fp32 low-rank adapters on the language model's linear layers."""
+        layers = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+        config = import_peft().LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=layers)
+        self.model.to(self.dtype)  # frozen weights need no fp32 masters
+        self.adapter = import_peft().get_peft_model(self.model, config)
+        self.model.eval()
+
+    def as_reference(self):
+        """Context in which this policy is the reference: with adapters, the same model with them off."""
+        return self.adapter.disable_adapter() if self.adapter else nullcontext()
+
+    def save(self, folder: str | Path, merged: bool = False) -> None:
+        """Hugging Face layout: weights, configs, tokenizer with its chat template, image processor.
+
+        With LoRA the weights are the adapters, in peft's own layout, or with `merged` those of the whole model.
+        """
+        weights = self.adapter or self.model
+        weights = copy.deepcopy(weights).merge_and_unload() if self.adapter and merged else weights
+        weights.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
 
@@ -397,6 +413,13 @@ def load(
     """
     if name == "tiny":
         return build_tiny(seed, device=device, dtype=dtype)
+    if (Path(name) / "adapter_config.json").exists():  # saved with LoRA: the base that it names, and the adapters
+        base = json.loads((Path(name) / "adapter_config.json").read_text())["base_model_name_or_path"]
+        policy = load(base, device=device, dtype=dtype, max_pixels=max_pixels)
+        policy.model.to(dtype)
+        policy.adapter = import_peft().PeftModel.from_pretrained(policy.model, name, is_trainable=True)
+        policy.model.eval()
+        return policy
     local = Path(name).is_dir() or not hub_answers()
     try:
         config = AutoConfig.from_pretrained(name, local_files_only=local)
@@ -431,6 +454,14 @@ def chat_template(name: str, local: bool) -> str | None:
             text = Path(path).read_text(encoding="utf-8")
             return json.loads(text)["chat_template"] if file.endswith(".json") else text
     return None
+
+
+def import_peft():
+    try:
+        import peft
+    except ImportError:
+        raise InputError("--lora and adapter folders need peft: pip install peft") from None
+    return peft
 
 
 def hub_answers(timeout: float = 5.0) -> bool:

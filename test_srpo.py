@@ -863,6 +863,55 @@ def test_bad_data(capsys, tmp_path, jsonl, monkeypatch):
     assert "cannot be read" in complaint(capsys, "--data", tmp_path / "0.png", "--out", tmp_path / "out1")
 
 
+def test_out_of_memory_says_what_to_lower(capsys, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    monkeypatch.setattr(model, "build_tiny", full)
+    message = complaint(capsys, "--out", tmp_path / "out", "--cache", tmp_path)
+    assert all(option in message for option in ("--micro-batch", "--max-new-tokens", "--max-pixels", "--lora"))
+
+
+def test_small_updates_move_fp32_masters_and_would_not_move_bf16_weights():
+    """Why weights stay fp32 when computing in bf16: at lr 1e-6 an update is below half an ulp of a bf16 weight."""
+    for dtype, moved in ((torch.float32, True), (torch.bfloat16, False)):
+        policy = model.build_tiny(0, dtype=torch.bfloat16)
+        policy.model.to(dtype)
+        examples = data.DrawnTask("count").train_batch(0, 2)
+        logp, _ = policy.log_probs(policy.encode(examples), policy.as_rollout(["<answer> 1</answer>"] * 2), temperature=1.0)
+        assert logp.dtype == torch.float32
+        logp.sum().backward()
+        weight = policy.model.model.language_model.layers[0].mlp.up_proj.weight
+        before = weight.detach().clone()
+        torch.optim.AdamW(policy.model.parameters(), lr=1e-6, weight_decay=0.0).step()
+        changed = (weight != before).float().mean().item()
+        assert (changed > 0.9) == moved and (moved or changed < 0.05), (dtype, changed)
+
+
+def test_lora_trains_adapters_only_and_merges(cache, tmp_path, capsys, monkeypatch):
+    options = [*QUICK, *SMALL, "--steps", "3", "--save-every", "2", "--cache", cache, "--lr", "1e-3"]
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        assert "pip install peft" in complaint(capsys, *options, "--lora", "4", "--out", tmp_path / "none")
+        pytest.skip("peft is not installed")
+    out = tmp_path / "lora"
+    assert train.main([*options, "--lora", "4", "--merge-lora", "--out", str(out)]) == 0
+    assert [r["kl"] for r in train.read_metrics(out) if r["step"] == 1 and "kl" in r] == [0.0]  # adapters start as nothing
+    assert train.read_metrics(out)[3]["kl"] > 0
+    folder = train.last_checkpoint(out)
+    assert (folder / "adapter_model.safetensors").exists() and not (folder / "model.safetensors").exists()
+    adapted, merged = model.load(str(folder)), model.load(str(out / "merged"))
+    base = model.load(str(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]))
+    examples = data.DrawnTask("count").train_batch(0, 2)
+    written = adapted.as_rollout([data.demonstrate(e, 0.0, np.random.default_rng(0)) for e in examples])
+    score = lambda policy: policy.log_probs(policy.encode(examples), written, temperature=1.0)[0].detach()  # noqa: E731
+    assert torch.allclose(score(adapted), score(merged), atol=1e-4)
+    with adapted.as_reference():
+        assert torch.allclose(score(adapted), score(base), atol=1e-5)
+    assert not torch.allclose(score(adapted), score(base), atol=1e-3)
+
+
 def test_own_data_trains_and_evaluates(jsonl, tmp_path, capsys, cache):
     out = tmp_path / "out"
     options = ["--data", str(jsonl()), *QUICK, *SMALL, "--cache", cache, "--max-new-tokens", "8", "--temperature", "3"]

@@ -14,6 +14,7 @@ import hashlib
 import inspect
 import json
 import os
+import resource
 import shutil
 import sys
 import time
@@ -104,7 +105,8 @@ def train(args: argparse.Namespace, out: Path) -> None:
                     logp_corrupted[rows], _ = logp_of(corrupted=True, wanted=roles[rows] == Role.PERCEPTION)
                     logp_blank[rows], _ = logp_of(visible=visible, wanted=roles[rows] == Role.REASONING, reuse=True)
                 if reference is not None:
-                    ref_logp[rows], _ = reference.log_probs(prompts, rollout[rows], temperature=args.temperature)
+                    with reference.as_reference():
+                        ref_logp[rows], _ = reference.log_probs(prompts, rollout[rows], temperature=args.temperature)
         clock.append(time.perf_counter())
 
         # Update: one optimizer step an inner epoch. Micro-batches add up to the gradient of the whole batch.
@@ -160,6 +162,8 @@ def train(args: argparse.Namespace, out: Path) -> None:
         if step == args.steps or (args.save_every and step % args.save_every == 0):
             save_checkpoint(out, step, policy, optimizer)  # last: a checkpoint vouches for all lines up to its step
     metrics.close()
+    if args.merge_lora and not (out / "merged").exists():
+        write_folder(out / "merged", partial(policy.save, merged=True))
     summarize(out, policy, held_out, args)
 
 
@@ -232,7 +236,14 @@ def summarize(out: Path, policy, held_out, args) -> None:
         if last["eval"][name] is not None:
             print(f"{name:12}{first['eval'][name]:10.3f}{last['eval'][name]:10.3f}")
     show_samples(policy, held_out[:3], args)
-    print(f"\nmetrics and checkpoint: {out}")
+    print(f"\npeak memory {peak_memory(args.device):.2f} GiB; metrics and checkpoint: {out}")
+
+
+def peak_memory(device: str) -> float:
+    """GiB: the tensors' peak on a GPU, the process's resident peak on a CPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def show_samples(policy, examples, args) -> None:
@@ -255,8 +266,13 @@ def prepare(args, out: Path | None = None):
     checkpoint = last_checkpoint(out) if out else None
     initial = args.model if args.model != "tiny" else warmed_up(args)
     policy = load(str(checkpoint or initial))
-    reference = load(str(initial)).freeze() if args.kl_coef else None
-    policy.model.model.visual.requires_grad_(args.train_vision)
+    if args.lora and policy.adapter is None:
+        policy.add_lora(args.lora)
+    elif not args.lora:
+        policy.model.model.visual.requires_grad_(args.train_vision)
+    reference = None
+    if args.kl_coef:
+        reference = policy if args.lora else load(str(initial))
     # fp32 master weights: at lr 1e-6 an update of a bf16 weight would be rounded away.
     trained = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
@@ -405,6 +421,8 @@ def build_parser() -> Parser:
     add("--lam", type=share, default=1.0, help="lambda of Eq. (7): 0 is GRPO")
     add("--corruption", default="patch", choices=CORRUPTIONS, help="how the image of Eq. (2) is corrupted")
     add("--corruption-p", type=share, default=0.6, help="its strength: share of masked patches, noise level, blur radius")
+    add("--lora", type=count, metavar="RANK", default=None, help="train low-rank adapters only (needs: pip install peft)")
+    add("--merge-lora", action="store_true", help="at the end, write the model with its adapters merged to DIR/merged")
     add("--train-vision", action="store_true", help="train the vision tower too, which is frozen otherwise")
     add("--seed", type=number(int, 0), default=0, help="of everything that is drawn at random")
     add("--device", default=None, help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
@@ -437,12 +455,16 @@ def parse_options(argv: list[str] | None) -> tuple[argparse.Namespace, Path | No
         parser.set_defaults(**options)
         args = parser.parse_args(argv)
         for name, value in options.items():
-            if getattr(args, name) != value and name != "steps":
+            if getattr(args, name) != value and name not in ("steps", "micro_batch"):  # these change no number but the last digits
                 option = "--" + name.replace("_", "-")
                 raise InputError(f"{option} {getattr(args, name)}: the run in {args.resume} was started with {value}; leave it out")
     for name, (tiny, other) in DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, tiny if args.model == "tiny" else other)
+    if args.lora and args.train_vision:
+        raise InputError("--train-vision: not with --lora, whose adapters leave the vision tower frozen; drop one of them")
+    if args.merge_lora and not args.lora:
+        raise InputError("--merge-lora: there is nothing to merge without --lora RANK")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     try:
@@ -491,6 +513,12 @@ def main(argv: list[str] | None = None) -> int:
             show_samples(policy, held_out[:3], args)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "not enough memory" not in str(error):
+            raise
+        advice = "lower --micro-batch, --max-new-tokens or --max-pixels, or train adapters only with --lora 16"
+        print(f"error: out of memory on {args.device}: {advice}", file=sys.stderr)
         return 2
     return 0
 
