@@ -83,7 +83,7 @@ def corrupt(image: Image.Image, kind: str = "patch", *, patch: int = 14, p: floa
     """The corrupted image of Eq. (2).
 
     Args:
-        image: any PIL image; an alpha channel stays as it is.
+        image: any 8-bit PIL image; transparency stays as it is.
         kind: one of CORRUPTIONS.
         patch: side of a patch in pixels. Give the model's own, on an image already resized for the model
             (`Policy.fit`): then a masked patch is exactly one patch of the vision encoder.
@@ -98,12 +98,12 @@ def corrupt(image: Image.Image, kind: str = "patch", *, patch: int = 14, p: floa
         raise ValueError(f"unknown corruption {kind!r}; choose from {', '.join(CORRUPTIONS)}")
     if patch < 1 or not 0 <= p <= 1:
         raise ValueError(f"need patch >= 1 and p in [0, 1], got patch={patch}, p={p}")
+    mode, image = image.mode, image.convert("RGBA") if image.has_transparency_data else image
     colours = np.asarray(image.convert("RGB"), dtype=np.float32)
     pixels = CORRUPTIONS[kind](colours, patch, p, np.random.default_rng(seed))
     result = Image.fromarray(np.asarray(pixels).round().clip(0, 255).astype(np.uint8))
-    if image.mode == "P":
-        return result.quantize()  # its own palette: the fill colour need not be in the old one
-    result = result.convert(image.mode)
-    if "A" in image.getbands():
+    if image.mode == "RGBA":
         result.putalpha(image.getchannel("A"))
-    return result
+    if mode == "P":  # a palette of its own: the fill colour need not be in the old one
+        return result.quantize(method=Image.Quantize.FASTOCTREE)
+    return result.convert(mode)

@@ -17,6 +17,8 @@ The reward is 0.9 accuracy + 0.1 format. It never looks at the perception: SRPO 
 import hashlib
 import json
 import re
+import unicodedata
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -231,7 +233,8 @@ def verify(text: str, example: Example, tags: Tags = Tags()) -> Verdict:
     stated = parse_facts(text[slice(*blocks.perception)]) if blocks else set()
     true = set(example.scene)
     f1 = 2 * len(stated & true) / (len(stated) + len(true))
-    grounded = blocks is not None and example.query.evidence(stated) == example.query.evidence(true)
+    one_each = len({f.cell for f in stated}) == len(stated)  # a cell stated twice, once right, is not evidence
+    grounded = blocks is not None and one_each and example.query.evidence(stated) == example.query.evidence(true)
     implied = example.query.solve(stated) if stated else None
     consistent = blocks is not None and implied is not None and answers_match(answer, implied)
     return Verdict(reward, accuracy, well_formed, f1, accuracy * grounded, float(consistent))
@@ -247,23 +250,29 @@ def extract_answer(text: str, tags: Tags = Tags()) -> str | None:
 
 
 def answers_match(given: str, truth: str) -> bool:
-    """Numbers are equal as numbers (3 = 3.0, 1,000 = 1000, 1/2 = 0.5); all else after dropping case and outer punctuation."""
+    """Numbers are equal as numbers (3 = 3.0, 1,000 = 1000, 1/2 = 0.5), all else as words without regard to case.
+
+    White space, quotes, brackets around the whole, `*` of markdown and the marks that end a sentence do not count;
+    signs, units and symbols do: -5 cm is not 5 cm, and < is not >.
+    """
+    given, truth = _bare(given), _bare(truth)
     numbers = _number(given), _number(truth)
-    if None not in numbers:
-        return numbers[0] == numbers[1]
-    return numbers == (None, None) and _normal(given) == _normal(truth) != ""
+    return numbers[0] == numbers[1] if None not in numbers else given == truth != ""
+
+
+def _bare(text: str) -> str:
+    text = " ".join(unicodedata.normalize("NFC", text).casefold().replace("\u2212", "-").split())
+    bare = re.sub(r"^\.+(?!\d)", "", text.strip(" ,;:!?\"'`*\u201c\u201d\u2018\u2019\u3002\uff0c\uff01\uff1f")).rstrip(" .,;:!?")
+    if len(bare) > 1 and bare[0] + bare[-1] in ("()", "[]", "{}", '""', "''") and not re.search(r"[][(){}]", bare[1:-1]):
+        bare = bare[1:-1]
+    return text if bare == text else _bare(bare)
 
 
 def _number(text: str) -> Fraction | None:
-    text = text.strip().rstrip(".").replace("\u2212", "-")
-    if not re.fullmatch(r"[+-]?(\d{1,3}(,\d{3})+|\d{1,30})?(\.\d{1,30}|/[1-9]\d{0,29})?", text) or not re.search(r"\d", text):
+    if not re.fullmatch(r"[+-]?(\d{1,3}(,\d{3})+|\d{1,30})?(\.\d{1,30}|/0*[1-9]\d{0,29})?", text) or not re.search(r"\d", text):
         return None
     text = text.replace(",", "")
     return None if re.match(r"[+-]?/", text) else Fraction(text)
-
-
-def _normal(text: str) -> str:
-    return " ".join(re.sub(r"^[\W_]+|[\W_]+$", "", text.casefold()).split())
 
 
 _FACT = re.compile(
@@ -282,23 +291,32 @@ def parse_facts(text: str) -> set[Fact]:
 class JsonlTask:
     """Examples from a JSON-lines file: one object a line with `image` (or `images`), `question` and `answer`.
 
-    Image paths are relative to the file. A tenth of the images (at least one, and at most `eval_size` rows) is held
-    out, chosen by a hash of their names, and no image is in both splits. Every image is decoded once at the start, so
-    that a broken one is reported in the first minute and not in the fifth hour.
+    Image paths are relative to the file. A tenth of the images is held out, chosen by a hash of their bytes: no image is
+    in both splits, under whatever name. Every image is decoded once at the start, so that a broken one is reported in the
+    first minute and not in the fifth hour.
     """
 
-    def __init__(self, path: str | Path, *, seed: int = 0, eval_size: int = 256):
+    def __init__(self, path: str | Path, *, seed: int = 0, eval_only: bool = False):
         self.path, self.seed = Path(path), seed
-        rows = self._read()
-        by_image = {}
-        for row in rows:
-            by_image.setdefault(row[0], []).append(row)
-        names = sorted(by_image, key=lambda images: hashlib.sha256("\n".join(images).encode()).digest())
-        if len(names) < 2:
+        rows, digest = self._read(), {}
+        for name in {name for row in rows for name in row[0]}:
+            digest[name] = hashlib.sha256((self.path.parent / name).read_bytes()).hexdigest()
+        parent = {d: d for d in digest.values()}  # images that share a row belong together
+
+        def root(d):
+            while parent[d] != d:
+                d = parent[d]
+            return d
+
+        for images, *_ in rows:
+            for name in images:
+                parent[root(digest[name])] = root(digest[images[0]])
+        roots = sorted({root(d) for d in parent})
+        if len(roots) < 2 and not eval_only:
             raise InputError(f"--data {self.path}: needs rows with at least two different images, one to hold out")
-        held_out = max(1, len(names) // 10)
-        self._eval = [row for name in names[:held_out] for row in by_image[name]][:eval_size]
-        self._train = [row for name in names[held_out:] for row in by_image[name]]
+        held_out = set(roots[: max(1, len(roots) // 10)])
+        self._eval = [row for row in rows if eval_only or root(digest[row[0][0]]) in held_out]
+        self._train = [row for row in rows if root(digest[row[0][0]]) not in held_out]
 
     def train_batch(self, step: int, n: int) -> list[Example]:
         """Batch `step` of an endless stream: every epoch is a permutation of all rows, drawn from the seed."""
@@ -313,26 +331,31 @@ class JsonlTask:
 
     def _read(self) -> list[tuple[tuple[str, ...], str, str, int]]:
         try:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
+            lines = self.path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut at U+2028 inside a string
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--data {self.path}: cannot be read as UTF-8 text ({error})") from None
         rows = []
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
+            source = f"{self.path}:{number}"
             try:
                 row = json.loads(line)
                 images = row["images"] if "images" in row else [row["image"]]
-                images, question, answer = tuple(images), row["question"], row["answer"]
+                question, answer = row["question"], row["answer"]
                 texts = [question, *images]
-                if not images or not all(isinstance(t, str) and t for t in texts) or isinstance(answer, list | dict | None):
+                if not isinstance(images, list) or not images or not all(isinstance(t, str) and t.encode() for t in texts):
                     raise TypeError
-            except (ValueError, KeyError, TypeError):
-                raise InputError(
-                    f"{self.path}:{number}: expected one JSON object with image (or images), question and answer, "
-                    f"got {line[:60]!r}"
-                ) from None
-            rows.append((images, question, str(answer), number))
+                if isinstance(answer, list | dict | None):
+                    raise TypeError
+            except (ValueError, KeyError, TypeError, RecursionError):
+                wanted = "one JSON object with image (or a list of images), question and answer"
+                raise InputError(f"{source}: expected {wanted}, got {line[:60]!r}") from None
+            if re.search(r"<\|(image|video)_pad\|>", question):
+                raise InputError(f"{source}: take the image placeholder out of the question; images are added in front")
+            if not answers_match(str(answer), str(answer)):
+                raise InputError(f"{source}: the answer {answer!r} is blank, so no response could be right")
+            rows.append((tuple(images), question, str(answer), number))
             self._load(rows[-1])
         if not rows:
             raise InputError(f"--data {self.path}: the file is empty; it needs one JSON object a line")
@@ -347,13 +370,19 @@ class JsonlTask:
 def open_image(path: Path, source: str) -> Image.Image:
     """Decode an image to RGB, upright and over white where it is transparent, or raise InputError naming `source`."""
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is checked below
+            image = Image.open(path)
+        with image:
             limit = Image.MAX_IMAGE_PIXELS or float("inf")
             if image.width * image.height > limit:
                 raise InputError(f"{source}: image {path} has {image.width}x{image.height} pixels, over {limit}; shrink it")
             if max(image.size) > 200 * min(image.size):
                 raise InputError(f"{source}: image {path} is {image.width}x{image.height}, longer than 200 to 1; crop it")
             image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I") or image.mode == "F":  # more than 8 bits: scale, where convert would clip
+                values = np.asarray(image, dtype=np.float32)
+                image = Image.fromarray((values * (255 / max(255, values.max()))).clip(0, 255).astype(np.uint8))
             if image.has_transparency_data:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             return image.convert("RGB")
@@ -361,5 +390,5 @@ def open_image(path: Path, source: str) -> Image.Image:
         raise
     except FileNotFoundError:
         raise InputError(f"{source}: image {path} does not exist (paths are relative to the data file)") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # decoders raise nearly anything on damaged files
         raise InputError(f"{source}: image {path} cannot be decoded, broken or too large ({error})") from None

@@ -12,6 +12,7 @@ cannot differ between them. Prompts are padded on the left, responses on the rig
 """
 
 import copy
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -427,8 +428,10 @@ def load(
         where = "is not a model folder" if Path(name).exists() else "no such folder"
         where += ", and the hub does not answer" if local and not Path(name).is_dir() else ""
         raise InputError(f"--model {name}: {where} ({_first_line(error)})") from None
-    if not hasattr(config, "vision_config") or not hasattr(config, "image_token_id"):
+    if not hasattr(config, "vision_config"):
         raise InputError(f"--model {name}: a {config.model_type} model sees no images; take a Qwen-VL model")
+    if not hasattr(config, "video_token_id"):
+        raise InputError(f"--model {name}: a {config.model_type} model is not of the Qwen-VL family")
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(
             name, config=config, dtype=torch.float32, output_loading_info=True, local_files_only=local
@@ -444,6 +447,17 @@ def load(
     if "image" not in str(tokenizer.chat_template):
         raise InputError(f"--model {name}: has no chat template with images (chat_template.json or chat_template.jinja)")
     return Policy(model.to(device), tokenizer, image_processor, dtype=dtype, max_pixels=max_pixels)
+
+
+def is_tiny(name: str) -> bool:
+    """Whether `name` is the built-in model or a folder made from it."""
+    try:
+        adapter, config = Path(name) / "adapter_config.json", Path(name) / "config.json"
+        if adapter.exists():
+            return is_tiny(json.loads(adapter.read_text())["base_model_name_or_path"])
+        return name == "tiny" or json.loads(config.read_text()).get("instruction") == ""
+    except (OSError, ValueError):
+        return False
 
 
 def chat_template(name: str, local: bool) -> str | None:
@@ -470,7 +484,7 @@ def hub_answers(timeout: float = 5.0) -> bool:
         urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=timeout).close()
     except urllib.error.HTTPError:
         return True
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):
         return False
     return True
 

@@ -291,7 +291,7 @@ def policy_loss(
     mask = mask != 0
     A = _per_token("advantages", advantages.detach(), logp).masked_fill(~mask, 0)  # padding may hold anything
     log_ratio = (_at_least_float32(logp) - _at_least_float32(old_logp.detach())).masked_fill(~mask, 0)
-    rho = log_ratio.exp()  # [B, T]; 1 at padding
+    rho = log_ratio.clamp(-20, 20).exp()  # [B, T], 1 at padding; unclamped it can overflow, and inf * 0 is NaN
     unclipped, clipped = rho * A, rho.clamp(1 - clip_low, 1 + clip_high) * A
     objective = torch.minimum(unclipped, clipped)  # Eq. (8); 0 at padding, where A is 0
     denominator = mask.sum().clamp(min=1) if denominator is None else denominator
@@ -311,7 +311,7 @@ def kl_to_reference(logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
     """
     _same_shape(logp=logp, ref_logp=ref_logp, mask=mask)
     mask = mask != 0
-    log_r = (_at_least_float32(ref_logp.detach()) - _at_least_float32(logp)).masked_fill(~mask, 0)
+    log_r = (_at_least_float32(ref_logp.detach()) - _at_least_float32(logp)).masked_fill(~mask, 0).clamp(-20, 20)
     return (log_r.exp() - 1 - log_r).sum() / mask.sum().clamp(min=1)
 
 

@@ -55,7 +55,7 @@ DEFAULTS = {
 
 
 def train(args: argparse.Namespace, out: Path) -> None:
-    task = JsonlTask(args.data, seed=args.seed, eval_size=args.eval_size) if args.data else drawn_task(args)
+    task = JsonlTask(args.data, seed=args.seed) if args.data else drawn_task(args)
     policy, reference, optimizer, start = prepare(args, out)
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     held_out = task.eval_set(args.eval_size)
@@ -63,7 +63,7 @@ def train(args: argparse.Namespace, out: Path) -> None:
     if start == 0:
         write(metrics, {"step": 0, "eval": evaluate(policy, held_out, args)[0]})
 
-    contrasts = args.algo == "srpo" and args.lam > 0
+    contrasts, checked = args.algo == "srpo" and args.lam > 0, False
     bar = tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, desc=args.algo, disable=None)
     for step in bar:
         clock = [time.perf_counter()]
@@ -119,8 +119,8 @@ def train(args: argparse.Namespace, out: Path) -> None:
                     if contrasts:
                         scores = contrast_scores(old_logp[rows], logp_corrupted[rows], logp_blank[rows], roles[rows])
                         w[rows] = token_weights(scores, roles[rows], tau=args.tau)  # Eq. (2) to (6), (9)
-                    if step == start + 1 and rows is batches[0]:
-                        check_ratio(logp, rollout[rows], args.dtype)
+                    if not checked:
+                        checked = check_ratio(logp, rollout[rows], args.dtype)
                 A_hat = role_aware_advantages(A[rows], w[rows], args.lam)  # [b, T], Eq. (7)
                 loss, stats = policy_loss(  # Eq. (8)
                     logp,
@@ -184,12 +184,13 @@ def micro_batches(rollout, used: torch.Tensor, prompt_length: int, budget: int) 
     return [torch.tensor(batch, device=rollout.ids.device) for batch in batches if batch]
 
 
-def check_ratio(logp, rollout, dtype: str) -> None:
+def check_ratio(logp, rollout, dtype: str) -> bool:
     """Before the first update the policy is the one that sampled: every ratio must be 1, up to rounding."""
     off = ((logp.detach() - rollout.logp).exp() - 1)[rollout.mask].abs().max().item()
     tqdm.write(f"before the first update: ratio to the sampling policy 1 within {off:.1e}")
     if dtype == "float32" and not off <= 1e-4:
         raise RuntimeError(f"the ratio before the first update is off 1 by {off:.1e}, more than 1e-4")
+    return True
 
 
 def averages(verdicts) -> dict[str, float | None]:
@@ -229,6 +230,8 @@ def evaluate(policy, examples, args, batch: int = 64) -> tuple[dict, list[str]]:
 def summarize(out: Path, policy, held_out, args) -> None:
     """The first evaluation against the last, and three sample responses."""
     evals = [r for r in read_metrics(out) if "eval" in r]
+    if not evals:
+        raise InputError(f"{out / 'metrics.jsonl'}: holds no evaluation; was it changed by hand?")
     first, last = evals[0], evals[-1]
     print(f"\nheld-out examples: {last['eval']['n']}, temperature {args.temperature:g}")
     print(f"{'':12}{'step ' + str(first['step']):>10}{'step ' + str(last['step']):>10}")
@@ -263,7 +266,7 @@ def prepare(args, out: Path | None = None):
     """Policy, reference policy (or None), optimizer, and the number of steps already done."""
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[args.dtype]
     load = partial(model.load, device=args.device, dtype=dtype, max_pixels=args.max_pixels)
-    checkpoint = last_checkpoint(out) if out else None
+    checkpoint = checkpoints(out)[-1] if out and checkpoints(out) else None
     initial = args.model if args.model != "tiny" else warmed_up(args)
     policy = load(str(checkpoint or initial))
     if args.lora and policy.adapter is None:
@@ -278,8 +281,11 @@ def prepare(args, out: Path | None = None):
     optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     if checkpoint is None:
         return policy, reference, optimizer, 0
-    state = torch.load(checkpoint / "trainer.pt", map_location=args.device, weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
+    try:
+        state = torch.load(checkpoint / "trainer.pt", map_location=args.device, weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+    except Exception as error:
+        raise InputError(f"{checkpoint / 'trainer.pt'}: cannot be read ({model._first_line(error)}); remove {checkpoint}") from None
     return policy, reference, optimizer, state["step"]
 
 
@@ -300,7 +306,7 @@ def warmed_up(args) -> Path:
     return folder
 
 
-def warm_up(policy, task: DrawnTask, args, batch: int = 64, lr: float = 2e-3) -> None:
+def warm_up(policy, task: DrawnTask, args, batch: int = 32, lr: float = 2e-3) -> None:
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
     steps = args.warmup_steps + args.noisy_steps
     for step in tqdm(range(steps), desc="warm-up", disable=None):
@@ -332,8 +338,8 @@ def write_folder(folder: Path, fill) -> None:
         fill(beside)
         if not folder.exists():
             os.replace(beside, folder)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror or error})") from None
+    except Exception as error:  # also a full disk, which safetensors and torch report in ways of their own
+        raise InputError(f"{folder}: cannot be written ({model._first_line(error)})") from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -344,13 +350,14 @@ def save_checkpoint(out: Path, step: int, policy, optimizer) -> None:
         torch.save({"step": step, "optimizer": optimizer.state_dict()}, folder / "trainer.pt")
 
     write_folder(out / f"checkpoint-{step:06d}", fill)
-    for old in sorted(out.glob("checkpoint-*"))[:-1]:
+    for old in checkpoints(out)[:-1]:
         shutil.rmtree(old)
 
 
-def last_checkpoint(out: Path) -> Path | None:
-    whole = sorted(p for p in out.glob("checkpoint-*") if p.suffix != ".tmp")
-    return whole[-1] if whole else None
+def checkpoints(out: Path) -> list[Path]:
+    """The whole ones, oldest first; what a killed process left half written has another name."""
+    found = [p for p in out.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
 
 
 def write(file, record: dict) -> None:
@@ -365,14 +372,15 @@ def read_metrics(out: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def rewind_metrics(out: Path) -> None:
-    """Drop what was recorded after the last checkpoint: those steps are made again."""
-    checkpoint = last_checkpoint(out)
-    done = int(checkpoint.name.split("-")[1]) if checkpoint else -1
+def rewind(out: Path) -> None:
+    """Drop what was recorded after the last checkpoint, where those steps are made again, and what was left half written."""
+    done = int(checkpoints(out)[-1].name.removeprefix("checkpoint-")) if checkpoints(out) else -1
     kept = "".join(json.dumps(r) + "\n" for r in read_metrics(out) if r["step"] <= done)
     beside = out / "metrics.jsonl.tmp"
     beside.write_text(kept, encoding="utf-8")
     os.replace(beside, out / "metrics.jsonl")
+    for leftover in out.glob("checkpoint-*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- options
@@ -413,7 +421,7 @@ def build_parser() -> Parser:
     add("--micro-batch", type=count, default=None, help=f"tokens in memory at a time, prompts counted once a group {auto['micro_batch']}")
     add("--lr", type=positive, default=None, help=f"learning rate of AdamW {auto['lr']}")
     add("--max-grad-norm", type=positive, default=1.0, help="gradients are scaled down to this norm")
-    add("--temperature", type=positive, default=1.0, help="of sampling, and of every log-prob")
+    add("--temperature", type=number(float, 1e-3), default=1.0, help="of sampling, and of every log-prob")
     add("--kl-coef", type=number(float, 0), default=0.0, help="beta of Eq. (8), KL to the initial policy; 0 loads no reference")
     add("--clip-low", type=share, default=0.2, help="epsilon_low of Eq. (8)")
     add("--clip-high", type=number(float, 0), default=0.2, help="epsilon_high of Eq. (8)")
@@ -424,17 +432,17 @@ def build_parser() -> Parser:
     add("--lora", type=count, metavar="RANK", default=None, help="train low-rank adapters only (needs: pip install peft)")
     add("--merge-lora", action="store_true", help="at the end, write the model with its adapters merged to DIR/merged")
     add("--train-vision", action="store_true", help="train the vision tower too, which is frozen otherwise")
-    add("--seed", type=number(int, 0), default=0, help="of everything that is drawn at random")
+    add("--seed", type=number(int, 0, 2**62), default=0, help="of everything that is drawn at random")
     add("--device", default=None, help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", default=None, choices=("float32", "bfloat16"), help="of computing; weights are float32 (default: bfloat16 on cuda)")
     add("--out", metavar="DIR", help="folder of the run, new or empty (default: a new one in out/)")
     add("--resume", metavar="DIR", help="go on with the run in DIR, with its own options")
-    add("--eval-only", action="store_true", help="evaluate the model and stop")
+    add("--eval-only", action="store_true", help="evaluate the model, with --data on all of its rows, and stop")
     add("--eval-every", type=number(int, 0), default=20, help="steps between evaluations; 0: only before and after")
     add("--eval-size", type=count, default=256, help="held-out examples")
     add("--save-every", type=number(int, 0), default=20, help="steps between checkpoints; 0: only the last")
     add("--image-size", type=number(int, 24), default=None, help=f"side of drawn images in pixels {auto['image_size']}")
-    add("--warmup-steps", type=number(int, 0), default=300, help="tiny: steps on true demonstrations")
+    add("--warmup-steps", type=number(int, 0), default=400, help="tiny: steps on true demonstrations")
     add("--noisy-steps", type=number(int, 0), default=100, help="tiny: further steps on demonstrations with wrong facts")
     add("--warmup-noise", type=share, default=0.2, help="tiny: rate of wrong facts in those")
     add("--cache", metavar="DIR", default=str(cache), help="tiny: where warmed-up models are kept")
@@ -445,22 +453,22 @@ def parse_options(argv: list[str] | None) -> tuple[argparse.Namespace, Path | No
     """The options, and the folder of the run, made and claimed by its args.json. None with --eval-only and no --out."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    saved = Path(args.resume) / "args.json" if args.resume else None
-    if saved and not saved.parent.is_dir():
-        raise InputError(f"--resume {args.resume}: no such folder")
-    if saved and not saved.exists() and any(saved.parent.iterdir()):
-        raise InputError(f"--resume {args.resume}: not the folder of a run (it has no args.json)")
-    if saved and saved.exists():
-        options = json.loads(saved.read_text(encoding="utf-8"))
+    if args.resume:
+        if args.out:
+            raise InputError("--out: not with --resume, which goes on in its own folder")
+        try:
+            options = json.loads((Path(args.resume) / "args.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise InputError(f"--resume {args.resume}: not the folder of a run (no args.json there)") from None
         parser.set_defaults(**options)
         args = parser.parse_args(argv)
         for name, value in options.items():
-            if getattr(args, name) != value and name not in ("steps", "micro_batch"):  # these change no number but the last digits
+            if getattr(args, name) != value and name not in ("steps", "micro_batch"):  # at most the last digits change
                 option = "--" + name.replace("_", "-")
                 raise InputError(f"{option} {getattr(args, name)}: the run in {args.resume} was started with {value}; leave it out")
     for name, (tiny, other) in DEFAULTS.items():
         if getattr(args, name) is None:
-            setattr(args, name, tiny if args.model == "tiny" else other)
+            setattr(args, name, tiny if model.is_tiny(args.model) else other)
     if args.lora and args.train_vision:
         raise InputError("--train-vision: not with --lora, whose adapters leave the vision tower frozen; drop one of them")
     if args.merge_lora and not args.lora:
@@ -468,7 +476,7 @@ def parse_options(argv: list[str] | None) -> tuple[argparse.Namespace, Path | No
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     try:
-        torch.zeros(1, device=args.device)
+        torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {args.device}: not available here ({model._first_line(error)}); try --device cpu") from None
     if args.eval_only and not args.out:
@@ -479,20 +487,32 @@ def parse_options(argv: list[str] | None) -> tuple[argparse.Namespace, Path | No
 def claim(args) -> Path:
     """Make the run's folder and write its options there, or go back to it for --resume."""
     name = f"{Path(args.model).name}-{args.algo}-seed{args.seed}"
-    free = (p for p in (Path("out") / (name + end) for end in ("", *(f"-{i}" for i in range(2, 10**6)))) if not p.exists())
-    out = Path(args.resume or args.out or next(free))
+    named = (Path("out") / (name + end) for end in ("", *(f"-{i}" for i in range(2, 10**6))))
+    out = Path(args.resume or args.out or next(p for p in named if not used(p)))
+    options = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "eval_only")}
     try:
-        if not args.resume and out.exists() and any(out.iterdir()):
+        if args.resume:
+            rewind(out)
+        elif used(out):
             raise InputError(f"--out {out}: not empty; go on with --resume {out}, or name another folder")
-        out.mkdir(parents=True, exist_ok=True)
-        options = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "eval_only")}
-        beside = out / "args.json.tmp"
-        beside.write_text(json.dumps(options, indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, out / "args.json")
+        elif out.exists() and any(out.iterdir()):
+            shutil.rmtree(out)  # claimed before, by a run that stopped before its first evaluation
+        if not out.exists() or not any(out.iterdir()):
+            beside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+            beside.mkdir(parents=True)
+            (beside / "metrics.jsonl").touch()
+            (beside / "args.json").write_text(json.dumps(options, indent=1) + "\n", encoding="utf-8")
+            os.replace(beside, out)  # at once, so that whatever is there can be resumed
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error.strerror or error})") from None
-    rewind_metrics(out)
     return out
+
+
+def used(out: Path) -> bool:
+    """Whether a folder holds anything but the options of a run that has recorded nothing yet."""
+    if not out.exists():
+        return False
+    return {p.name for p in out.iterdir()} - {"args.json", "metrics.jsonl"} != set() or bool(read_metrics(out))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -503,9 +523,10 @@ def main(argv: list[str] | None = None) -> int:
         if not args.eval_only:
             train(args, out)
         else:
-            task = JsonlTask(args.data, eval_size=args.eval_size) if args.data else drawn_task(args)
-            policy, held_out = prepare(args, out)[0], task.eval_set(args.eval_size)
-            result = {"step": 0, "eval": evaluate(policy, held_out, args)[0]}
+            task = JsonlTask(args.data, eval_only=True) if args.data else drawn_task(args)
+            held_out = task.eval_set(args.eval_size)
+            policy, _, _, step = prepare(args, out)
+            result = {"step": step, "eval": evaluate(policy, held_out, args)[0]}
             print(json.dumps(result))
             if args.out:
                 with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
