@@ -269,6 +269,7 @@ def prepare(args, out: Path | None = None):
     checkpoint = checkpoints(out)[-1] if out and checkpoints(out) else None
     initial = args.model if args.model != "tiny" else warmed_up(args)
     policy = load(str(checkpoint or initial))
+    policy.share_prompts = not args.plain
     if args.lora and policy.adapter is None:
         policy.add_lora(args.lora)
     elif not args.lora:
@@ -429,6 +430,7 @@ def build_parser() -> Parser:
     add("--lam", type=share, default=1.0, help="lambda of Eq. (7): 0 is GRPO")
     add("--corruption", default="patch", choices=CORRUPTIONS, help="how the image of Eq. (2) is corrupted")
     add("--corruption-p", type=share, default=0.6, help="its strength: share of masked patches, noise level, blur radius")
+    add("--plain", action="store_true", help="score every response with a prompt of its own: the same numbers, slower")
     add("--lora", type=count, metavar="RANK", default=None, help="train low-rank adapters only (needs: pip install peft)")
     add("--merge-lora", action="store_true", help="at the end, write the model with its adapters merged to DIR/merged")
     add("--train-vision", action="store_true", help="train the vision tower too, which is frozen otherwise")
