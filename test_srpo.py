@@ -806,6 +806,18 @@ def test_a_killed_run_resumes_to_the_same_numbers(cache, tmp_path):
     assert train.main(["--resume", str(out)]) == 0 and numbers(out) == expected  # nothing left to do
 
 
+def test_micro_batches_and_the_plain_path_do_not_change_a_step(cache, tmp_path):
+    """One step with the whole batch, in many pieces, and with every prompt read anew: the same loss, gradient and weights."""
+    steps = []
+    for i, options in enumerate(([], ["--micro-batch", "100"], ["--plain"])):
+        out = tmp_path / str(i)
+        assert train.main([*QUICK, *SMALL, *options, "--steps", "1", "--cache", cache, "--out", str(out)]) == 0
+        steps.append([r for r in numbers(out) if "eval" not in r][0])
+    assert steps[0]["grad_norm"] > 0 and steps[0]["w_perception"] != 1
+    for other in steps[1:]:
+        assert other == {k: pytest.approx(v, rel=1e-3, abs=1e-6) for k, v in steps[0].items()}
+
+
 def complaint(capsys, *argv):
     """The one line that `train.py` answers to bad input."""
     try:
