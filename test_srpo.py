@@ -618,7 +618,8 @@ def test_hidden_perception_equals_removed_perception_and_contrasts_are_not_zero(
             removed, _ = policy.log_probs(prompts, cut, temperature=1.0)
             reasoning = roles[row] == R
             assert reasoning.sum() > 3
-            assert torch.allclose(blank[row, reasoning], removed[0, reasoning[kept]], atol=1e-5)
+            removed = removed[0, reasoning[kept]]
+            assert ((blank[row, reasoning] - removed) / removed).abs().max() < 1e-6  # a few float32 roundings
     scores = contrast_scores(logp, corrupted, blank, roles)
     assert (scores[roles == P].abs() > 1e-4).all() and (scores[roles == R].abs() > 1e-4).all()
 
