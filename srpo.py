@@ -130,7 +130,8 @@ def token_roles(text: str, offsets: Sequence[tuple[int, int]], tags: Tags = Tags
 
 
 def without_perception(attention_mask: Tensor, roles: Tensor) -> Tensor:
-    """The empty perception of Eq. (3): a response attention mask with the perception text blanked out, tags kept.
+    """The empty perception of Eq. (3): a response attention mask with the perception text blanked out, tags kept
+    (but for the piece of a tag that shares a token with the text).
 
     Everything from the first to the last perception token goes, white-space tokens between them included (their number
     alone would tell how much was seen). Recompute position ids from the result, and no later token can tell it from
@@ -189,7 +190,7 @@ def contrast_scores(
         logp: [B, T], given the image and all earlier tokens.
         logp_corrupted: [B, T], the same with the corrupted image.
         logp_blank: [B, T], with the image, and with the perception text hidden (`without_perception`).
-        roles: [B, T] of `Role` values.
+        roles: [B, T] of `Role` values, OTHER at padding.
         max_abs: Delta_max of Eq. (4).
     Returns:
         [B, T] float32 (float64 for float64 log-probs), within +-max_abs; 0 where OTHER and where the contrast is NaN.
@@ -307,7 +308,7 @@ def kl_to_reference(logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
         ref_logp: [B, T], of the reference.
         mask: [B, T], as in `policy_loss`. The term is the same for every role: it is not weighted.
     Returns:
-        Scalar in nats per token, >= 0; 0 when the mask is empty.
+        Scalar in nats per token, >= 0; 0 when the mask is empty. Of a micro-batch, scale it by its share of the tokens.
     """
     _same_shape(logp=logp, ref_logp=ref_logp, mask=mask)
     mask = mask != 0

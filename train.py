@@ -1,6 +1,6 @@
 """Train a vision-language model with SRPO, or with GRPO on the same loop, seeds and data (--algo grpo).
 
-    python train.py                                        the built-in tiny model, a few minutes on two CPU cores
+    python train.py                                        the built-in tiny model, two to four minutes on two CPU cores
     python train.py --algo grpo --seed 1
     python train.py --model Qwen/Qwen2-VL-2B-Instruct --data my.jsonl --out out/my-run
     python train.py --resume out/my-run                    after a crash, where it stopped
@@ -56,6 +56,8 @@ DEFAULTS = {
 
 def train(args: argparse.Namespace, out: Path) -> None:
     task = JsonlTask(args.data, seed=args.seed) if args.data else drawn_task(args)
+    if args.data and args.model == "tiny":
+        print("note: the tiny model knows only the words of the drawn tasks; give --model for your own data")
     policy, reference, optimizer, start = prepare(args, out)
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     held_out = task.eval_set(args.eval_size)
