@@ -168,12 +168,13 @@ class DrawnTask:
         self.task, self.seed, self.size, self.objects = task, seed, size, objects
 
     def train_batch(self, step: int, n: int) -> list[Example]:
-        return self._draw(n, (self.seed, step, 1), held_out=False)
+        return self.draw(n, (self.seed, step, 1), held_out=False)
 
     def eval_set(self, n: int) -> list[Example]:
-        return self._draw(n, (0, 0, 2), held_out=True)  # the same for every seed: runs are compared on the same examples
+        return self.draw(n, (0, 0, 2), held_out=True)  # the same for every seed: runs are compared on the same examples
 
-    def _draw(self, n, key, held_out):
+    def draw(self, n: int, key: tuple[int, ...], held_out: bool) -> list[Example]:
+        """n examples that depend on `key` alone."""
         rng = np.random.default_rng(key)
         return [draw_example(self.task, rng, held_out=held_out, size=self.size, objects=self.objects) for _ in range(n)]
 
@@ -320,10 +321,12 @@ class JsonlTask:
 
     def train_batch(self, step: int, n: int) -> list[Example]:
         """Batch `step` of an endless stream: every epoch is a permutation of all rows, drawn from the seed."""
-        picks = []
-        for position in range(step * n, (step + 1) * n):
-            epoch, i = divmod(position, len(self._train))
-            picks.append(np.random.default_rng((self.seed, epoch)).permutation(len(self._train))[i])
+        def order(epoch):
+            return np.random.default_rng((self.seed, epoch)).permutation(len(self._train))
+
+        positions = range(step * n, (step + 1) * n)
+        orders = {epoch: order(epoch) for epoch in {p // len(self._train) for p in positions}}
+        picks = [orders[p // len(self._train)][p % len(self._train)] for p in positions]
         return [self._load(self._train[i]) for i in picks]
 
     def eval_set(self, n: int) -> list[Example]:

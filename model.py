@@ -427,7 +427,7 @@ def load(
     except Exception as error:
         where = "is not a model folder" if Path(name).exists() else "no such folder"
         where += ", and the hub does not answer" if local and not Path(name).is_dir() else ""
-        raise InputError(f"--model {name}: {where} ({_first_line(error)})") from None
+        raise InputError(f"--model {name}: {where} ({first_line(error)})") from None
     if not hasattr(config, "vision_config"):
         raise InputError(f"--model {name}: a {config.model_type} model sees no images; take a Qwen-VL model")
     if not hasattr(config, "video_token_id"):
@@ -440,7 +440,7 @@ def load(
         tokenizer.chat_template = chat_template(name, local) or tokenizer.chat_template
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(name, local_files_only=local)
     except Exception as error:
-        raise InputError(f"--model {name}: cannot be loaded ({_first_line(error)})") from None
+        raise InputError(f"--model {name}: cannot be loaded ({first_line(error)})") from None
     if info["missing_keys"] or info["mismatched_keys"]:  # else they would silently stay random
         broken = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
         raise InputError(f"--model {name}: {len(broken)} weights are missing or misshapen, like {broken[0]}")
@@ -489,7 +489,7 @@ def hub_answers(timeout: float = 5.0) -> bool:
     return True
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 

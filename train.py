@@ -206,7 +206,7 @@ def mean_over(x: torch.Tensor, where: torch.Tensor) -> float | None:
 
 
 def generator(args, step: int, purpose: int = 0) -> torch.Generator:
-    """Random numbers of one step; purpose 0 is training, 1 evaluation, 2 the warm-up."""
+    """Random numbers of one step; purpose 0 is training, 1 evaluation."""
     seed = np.random.SeedSequence((args.seed, step, purpose)).generate_state(1, np.uint64)[0]
     return torch.Generator(args.device).manual_seed(int(seed >> np.uint64(1)))
 
@@ -288,7 +288,7 @@ def prepare(args, out: Path | None = None):
         state = torch.load(checkpoint / "trainer.pt", map_location=args.device, weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
     except Exception as error:
-        raise InputError(f"{checkpoint / 'trainer.pt'}: cannot be read ({model._first_line(error)}); remove {checkpoint}") from None
+        raise InputError(f"{checkpoint / 'trainer.pt'}: cannot be read ({model.first_line(error)}); remove {checkpoint}") from None
     return policy, reference, optimizer, state["step"]
 
 
@@ -316,7 +316,7 @@ def warm_up(policy, task: DrawnTask, args, batch: int = 32, lr: float = 2e-3) ->
         for group in optimizer.param_groups:  # linear warm-up, then linear decay to a tenth
             group["lr"] = lr * min(1, (step + 1) / 20, max(0.1, 1.1 - step / max(1, args.warmup_steps)))
         rng = np.random.default_rng((args.seed, step, 3))
-        examples = task._draw(batch, (args.seed, step, 4), held_out=False)
+        examples = task.draw(batch, (args.seed, step, 4), held_out=False)
         noise = args.warmup_noise if step >= args.warmup_steps else 0.0
         texts = [demonstrate(example, noise, rng) for example in examples]
         prompts = policy.encode(examples)
@@ -339,10 +339,10 @@ def write_folder(folder: Path, fill) -> None:
     try:
         beside.mkdir(parents=True)
         fill(beside)
-        if not folder.exists():
+        if not folder.exists() or not any(folder.iterdir()):
             os.replace(beside, folder)
     except Exception as error:  # also a full disk, which safetensors and torch report in ways of their own
-        raise InputError(f"{folder}: cannot be written ({model._first_line(error)})") from None
+        raise InputError(f"{folder}: cannot be written ({model.first_line(error)})") from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -482,7 +482,7 @@ def parse_options(argv: list[str] | None) -> tuple[argparse.Namespace, Path | No
     try:
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {args.device}: not available here ({model._first_line(error)}); try --device cpu") from None
+        raise InputError(f"--device {args.device}: not available here ({model.first_line(error)}); try --device cpu") from None
     if args.eval_only and not args.out:
         return args, Path(args.resume) if args.resume else None
     return args, claim(args)
@@ -494,6 +494,11 @@ def claim(args) -> Path:
     named = (Path("out") / (name + end) for end in ("", *(f"-{i}" for i in range(2, 10**6))))
     out = Path(args.resume or args.out or next(p for p in named if not used(p)))
     options = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "eval_only")}
+
+    def fill(folder):
+        (folder / "metrics.jsonl").touch()
+        (folder / "args.json").write_text(json.dumps(options, indent=1) + "\n", encoding="utf-8")
+
     try:
         if args.resume:
             rewind(out)
@@ -501,14 +506,10 @@ def claim(args) -> Path:
             raise InputError(f"--out {out}: not empty; go on with --resume {out}, or name another folder")
         elif out.exists() and any(out.iterdir()):
             shutil.rmtree(out)  # claimed before, by a run that stopped before its first evaluation
-        if not out.exists() or not any(out.iterdir()):
-            beside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-            beside.mkdir(parents=True)
-            (beside / "metrics.jsonl").touch()
-            (beside / "args.json").write_text(json.dumps(options, indent=1) + "\n", encoding="utf-8")
-            os.replace(beside, out)  # at once, so that whatever is there can be resumed
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error.strerror or error})") from None
+    if not args.resume:
+        write_folder(out, fill)  # at once, so that whatever is there can be resumed
     return out
 
 
