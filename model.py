@@ -17,7 +17,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +36,7 @@ from transformers import (
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
 )
+from transformers.cache_utils import DynamicLayer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils import cached_file
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
@@ -177,28 +178,31 @@ class Policy:
         N, L = prompts.ids.shape
         read = self._read(prompts, torch.arange(N, device=self.device))
         which = torch.arange(N, device=self.device).repeat_interleave(group_size)  # [B]
-        cache, hidden = _for_rows(read, which)  # hidden: [B, H]
+        cache, hidden = _for_rows(read, which, room=max_new_tokens)  # hidden: [B, H]
         B = len(which)
         ids = torch.full((B, max_new_tokens), self.pad, device=self.device)
         logp = torch.zeros(B, max_new_tokens, device=self.device)
         mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=self.device)
-        attention = torch.cat([prompts.mask[which], mask.long() + 1], 1)  # [B, L + max_new_tokens]
-        position = self._positions(prompts, which, mask + True)  # [3, B, max_new_tokens]
+        attention = None  # everything is visible, unless prompts are padded: then [B, 1, 1, L + max_new_tokens]
+        if not prompts.mask.all():
+            attention = torch.cat([prompts.mask[which].bool(), mask.logical_not()], 1)[:, None, None]
+        position = self._positions(prompts, which, mask.logical_not())  # [3, B, max_new_tokens]
         alive = torch.ones(B, dtype=torch.bool, device=self.device)
         eos = torch.tensor(self.eos, device=self.device)
-        for t in range(max_new_tokens):
-            logprobs = self._log_softmax(hidden, temperature)  # [B, vocabulary]
-            token = torch.multinomial(logprobs.exp(), 1, generator=generator)  # [B, 1]
-            ids[alive, t] = token[alive, 0]
-            logp[alive, t] = logprobs.gather(1, token)[alive, 0]
-            mask[:, t] = alive
-            alive = alive & ~torch.isin(token[:, 0], eos)
-            if t + 1 == max_new_tokens or not alive.any():
-                break
-            with self._autocast():
-                hidden = self.model.model(
+        small = self.device.type == "cpu" and hidden.numel() < 2**13
+        with self._autocast(), one_thread() if small else nullcontext():  # around the loop: weights are cast once
+            for t in range(max_new_tokens):
+                logprobs = self._log_softmax(hidden, temperature)  # [B, vocabulary]
+                token = draw(logprobs.exp(), generator)  # [B, 1]
+                ids[:, t] = torch.where(alive, token[:, 0], self.pad)
+                logp[:, t] = torch.where(alive, logprobs.gather(1, token)[:, 0], 0.0)
+                mask[:, t] = alive
+                alive = alive & ~torch.isin(token[:, 0], eos)
+                if t + 1 == max_new_tokens or not alive.any():
+                    break
+                hidden = self.model.model.language_model(
                     input_ids=ids[:, t : t + 1],
-                    attention_mask=attention[:, : L + t + 1],
+                    attention_mask=None if attention is None else attention[..., : L + t + 1],
                     position_ids=position[:, :, t : t + 1],
                     past_key_values=cache,
                     use_cache=True,
@@ -317,7 +321,9 @@ class Policy:
                 entropy = -(logprobs.exp() * logprobs.clamp(min=-1e4)).sum(1)  # 0 * -inf at forbidden tokens
             return logprobs.gather(1, i[:, None])[:, 0], entropy
 
-        chunks = zip(hidden.split(self.chunk), ids.split(self.chunk), strict=True)
+        chunks = list(zip(hidden.split(self.chunk), ids.split(self.chunk), strict=True))
+        if len(chunks) == 1:  # the logits of one chunk may be kept: computing them again would need the same room
+            return score(hidden, ids)
         scored = [checkpoint(score, h, i, use_reentrant=False) for h, i in chunks]
         return torch.cat([s[0] for s in scored]), torch.cat([s[1] for s in scored])
 
@@ -374,11 +380,50 @@ class Policy:
         self.image_processor.save_pretrained(folder)
 
 
-def _for_rows(read: tuple[Cache, Tensor], rows: Tensor) -> tuple[Cache, Tensor]:
-    """A copy of the prompts' cache and last states with one entry for each of `rows`; differentiable."""
+@contextmanager
+def one_thread():
+    """For products of so few rows that sharing them between cores costs more than it gains."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """[n, vocabulary] -> one drawn index a row, [n, 1]. `torch.multinomial` draws a number for each index, this one a row."""
+    cumulative = probabilities.double().cumsum(1)  # in float32 the sum over a large vocabulary would bend the tail
+    u = torch.rand(len(cumulative), 1, dtype=torch.float64, device=cumulative.device, generator=generator)
+    return torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True).clamp(max=cumulative.shape[1] - 1)
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values of one layer with room for `room` more positions: a sampled token is written into it, where
+    `DynamicLayer` copies all that is there to a tensor one longer."""
+
+    def __init__(self, keys: Tensor, values: Tensor, room: int):
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.length = keys.shape[2]
+        self.all_keys, self.all_values = (torch.cat([x, x.new_empty(*x.shape[:2], room, x.shape[3])], 2) for x in (keys, values))
+        self.keys, self.values = keys, values
+
+    def update(self, keys: Tensor, values: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+        start, self.length = self.length, self.length + keys.shape[2]
+        self.all_keys[:, :, start : self.length] = keys
+        self.all_values[:, :, start : self.length] = values
+        self.keys, self.values = self.all_keys[:, :, : self.length], self.all_values[:, :, : self.length]
+        return self.keys, self.values
+
+
+def _for_rows(read: tuple[Cache, Tensor], rows: Tensor, room: int = 0) -> tuple[Cache, Tensor]:
+    """A copy of the prompts' cache and last states with one entry for each of `rows`; differentiable without `room`."""
     cache, last = copy.copy(read[0]), read[1]
     cache.layers = [copy.copy(layer) for layer in cache.layers]
     cache.batch_select_indices(rows)
+    if room:
+        cache.layers = [RoomyLayer(layer.keys, layer.values, room) for layer in cache.layers]
     return cache, last[rows]
 
 

@@ -281,7 +281,7 @@ def prepare(args, out: Path | None = None):
         reference = policy if args.lora else load(str(initial))
     # fp32 master weights: at lr 1e-6 an update of a bf16 weight would be rounded away.
     trained = [p for p in policy.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     if checkpoint is None:
         return policy, reference, optimizer, 0
     try:
@@ -310,7 +310,7 @@ def warmed_up(args) -> Path:
 
 
 def warm_up(policy, task: DrawnTask, args, batch: int = 32, lr: float = 2e-3) -> None:
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     steps = args.warmup_steps + args.noisy_steps
     for step in tqdm(range(steps), desc="warm-up", disable=None):
         for group in optimizer.param_groups:  # linear warm-up, then linear decay to a tenth
