@@ -37,12 +37,11 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
 )
 from transformers.cache_utils import DynamicLayer
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils import cached_file
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from data import CELLS, COLORS, SHAPES, Example, InputError
-from srpo import Tags, text_and_offsets
+from srpo import Tags, text_and_offsets, token_bytes
 
 TAGS = Tags()
 INSTRUCTION = (
@@ -428,17 +427,14 @@ def _for_rows(read: tuple[Cache, Tensor], rows: Tensor, room: int = 0) -> tuple[
 
 
 def _token_bytes(tokenizer) -> list[bytes]:
-    """Raw bytes of every token. In a byte-level vocabulary each character of a token stands for one byte."""
-    byte_of = {character: bytes([byte]) for byte, character in bytes_to_unicode().items()}
+    """Raw bytes of every token."""
     added = tokenizer.get_added_vocab()
     pieces = [b""] * len(tokenizer)
-    for token, i in tokenizer.get_vocab().items():
-        if token in added:
-            pieces[i] = token.encode()
-        elif all(c in byte_of for c in token):
-            pieces[i] = b"".join(byte_of[c] for c in token)
-        else:
-            raise InputError(f"the tokenizer is not byte-level (its token {token!r} has no bytes); Qwen-VL tokenizers are")
+    try:
+        for token, i in tokenizer.get_vocab().items():
+            pieces[i] = token.encode() if token in added else token_bytes(token)
+    except ValueError as error:
+        raise InputError(str(error)) from None
     return pieces
 
 

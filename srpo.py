@@ -84,6 +84,26 @@ def parse_response(text: str, tags: Tags = Tags()) -> Response | None:
     return None if text[end:].strip() else Response(*spans)
 
 
+def token_bytes(token: str) -> bytes:
+    """Bytes of a token of a byte-level vocabulary (GPT-2's and Qwen's), where each character stands for one byte.
+
+    Tokens that were added to the vocabulary, such as "<|im_end|>", are plain text instead: take `token.encode()`.
+
+    Raises:
+        ValueError: the token has a character that stands for no byte, so its vocabulary is not byte-level.
+    """
+    if not set(token) <= _BYTE_OF.keys():
+        raise ValueError(f"the tokenizer is not byte-level (its token {token!r} has no bytes); Qwen-VL tokenizers are")
+    return bytes(_BYTE_OF[c] for c in token)
+
+
+# Printable bytes stand for themselves, the others for the characters from 256 on.
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_BYTE_OF = {chr(b): b for b in _PRINTABLE} | {
+    chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in _PRINTABLE)
+}
+
+
 def text_and_offsets(pieces: Sequence[bytes]) -> tuple[str, list[tuple[int, int]]]:
     """Text of sampled tokens, and the characters that each token touches, from the bytes of each token.
 
@@ -105,7 +125,9 @@ def text_and_offsets(pieces: Sequence[bytes]) -> tuple[str, list[tuple[int, int]
     return "".join("\ufffd" if "\udc80" <= c <= "\udcff" else c for c in text), offsets
 
 
-def token_roles(text: str, offsets: Sequence[tuple[int, int]], tags: Tags = Tags()) -> Tensor:
+def token_roles(
+    text: str, offsets: Sequence[tuple[int, int]], tags: Tags = Tags(), *, answer_is_reasoning: bool = False
+) -> Tensor:
     """Role of every token of a response.
 
     A token has a block's role when it shares at least one non-space character with the text inside that block, also
@@ -114,6 +136,7 @@ def token_roles(text: str, offsets: Sequence[tuple[int, int]], tags: Tags = Tags
     Args:
         text: the decoded response.
         offsets: one (start, end) character span per token, from the sampled ids (`text_and_offsets`).
+        answer_is_reasoning: give the text of the answer the role REASONING too.
     Returns:
         [T] long of `Role` values; all OTHER when the response is not well-formed (Eq. (9) then falls back to GRPO).
     """
@@ -123,7 +146,9 @@ def token_roles(text: str, offsets: Sequence[tuple[int, int]], tags: Tags = Tags
     if response is None:
         return roles
     ink = torch.tensor([0] + [not c.isspace() for c in text]).cumsum(0)  # ink[k]: non-space characters before k
-    for role, (start, end) in ((Role.REASONING, response.reasoning), (Role.PERCEPTION, response.perception)):
+    blocks = [(Role.REASONING, response.answer)] if answer_is_reasoning else []
+    blocks += [(Role.REASONING, response.reasoning), (Role.PERCEPTION, response.perception)]
+    for role, (start, end) in blocks:
         inside = spans.clamp(start, end)  # the part of each token that lies inside the block
         roles[ink[inside[:, 1]] > ink[inside[:, 0]]] = int(role)
     return roles
@@ -203,21 +228,33 @@ def contrast_scores(
     return delta.nan_to_num(nan=0.0, posinf=max_abs, neginf=-max_abs).clamp(-max_abs, max_abs)  # Eq. (4)
 
 
-def shared_baseline(scores: Tensor, roles: Tensor) -> Tensor:
+def shared_baseline(scores: Tensor, roles: Tensor, *, role_balanced: bool = False) -> Tensor:
     """Trajectory baseline b, Eq. (5): the mean contrast over perception and reasoning tokens together.
 
     Args:
         scores: [B, T], Delta.
         roles: [B, T] of `Role` values.
+        role_balanced: instead, the mean of the two roles' means, whichever has more tokens.
     Returns:
         [B, 1] float32 or better; 0 for a response without scored tokens.
     """
     _same_shape(scores=scores, roles=roles)
-    return _mean_over(_at_least_float32(scores), roles != Role.OTHER)  # Eq. (5)
+    scores = _at_least_float32(scores)
+    if role_balanced:
+        return (_mean_over(scores, roles == Role.PERCEPTION) + _mean_over(scores, roles == Role.REASONING)) / 2
+    return _mean_over(scores, roles != Role.OTHER)  # Eq. (5)
 
 
 def token_weights(
-    scores: Tensor, roles: Tensor, *, tau: float = 1.0, w_min: float = 0.5, w_max: float = 2.0, normalize: bool = True
+    scores: Tensor,
+    roles: Tensor,
+    *,
+    tau: float = 1.0,
+    w_min: float = 0.5,
+    w_max: float = 2.0,
+    normalize: bool = True,
+    role_balanced: bool = False,
+    flip: Tensor | None = None,
 ) -> Tensor:
     """Positive token weights w, Eq. (5), (6) and (9). Without gradient.
 
@@ -227,6 +264,10 @@ def token_weights(
         tau: temperature in nats; the larger, the closer every weight is to 1.
         w_min, w_max: range of the weights before they are normalized; afterwards they lie in [w_min/w_max, w_max/w_min].
         normalize: scale the weights to mean 1 over the scored tokens, so that a response keeps its total advantage.
+        role_balanced: as in `shared_baseline`.
+        flip: [B] bool, responses whose emphasis is turned round, so that tokens of low contrast weigh more. With
+            `advantages < 0` the weights are sign-aware: blame goes to what neither image nor perception explains
+            (as in RLSD, arXiv 2604.03128). By default none.
     Returns:
         [B, T] float32 (float64 for float64 scores); 1 at OTHER tokens, and everywhere in a response that lacks
         perception or reasoning tokens, or has a non-finite score, Eq. (9).
@@ -238,8 +279,9 @@ def token_weights(
         raise ValueError(f"need tau > 0 and 0 < w_min <= w_max, got tau={tau}, w_min={w_min}, w_max={w_max}")
     scores = _at_least_float32(scores.detach())
     scored = roles != Role.OTHER  # S = P u R
-    b = shared_baseline(scores, roles)  # Eq. (5)
-    w = torch.exp(((scores - b) / tau).clamp(math.log(w_min), math.log(w_max)))  # Eq. (6), first line
+    b = shared_baseline(scores, roles, role_balanced=role_balanced)  # Eq. (5)
+    relative = scores - b if flip is None else torch.where(flip[:, None], b - scores, scores - b)
+    w = torch.exp((relative / tau).clamp(math.log(w_min), math.log(w_max)))  # Eq. (6), first line
     if normalize:
         w = w / _mean_over(w, scored)  # Eq. (6), second line
     both_roles = (roles == Role.PERCEPTION).any(1, keepdim=True) & (roles == Role.REASONING).any(1, keepdim=True)

@@ -747,12 +747,12 @@ def cache(tmp_path_factory):
 
 
 def evals(folder):
-    return [r["eval"] for r in train.read_metrics(Path(folder)) if "eval" in r]
+    return [r["eval"] for r in train.read_log(Path(folder)) if "eval" in r]
 
 
 def numbers(folder):
     """All records of a run, seconds aside."""
-    return [{k: v for k, v in r.items() if not k.startswith("sec_")} for r in train.read_metrics(Path(folder))]
+    return [{k: v for k, v in r.items() if not k.startswith("sec_")} for r in train.read_log(Path(folder))]
 
 
 def test_training_improves_and_its_grpo_twin_too(cache, tmp_path, capsys):
@@ -763,12 +763,12 @@ def test_training_improves_and_its_grpo_twin_too(cache, tmp_path, capsys):
         assert "before the first update: ratio" in shown and "step 20" in shown and shown.count("the response is") == 3
         first, last = evals(out)
         assert last["reward"] > first["reward"] + 0.04, (algo, first, last)
-        steps = [r for r in train.read_metrics(out) if "eval" not in r]
+        steps = [r for r in train.read_log(out) if "eval" not in r]
         assert [r["step"] for r in steps] == list(range(1, 21))
         assert all(r["grad_norm"] > 0 and r["used_groups"] > 0 and r["kl"] is None for r in steps)
         weights = [r["w_perception"] for r in steps]
         assert (min(weights) == max(weights) == 1) == (algo == "grpo")
-    twins = [train.read_metrics(tmp_path / algo) for algo in ("srpo", "grpo")]
+    twins = [train.read_log(tmp_path / algo) for algo in ("srpo", "grpo")]
     assert twins[0][0] == twins[1][0] and twins[0][1]["reward"] == twins[1][1]["reward"]  # same start, same first batch
 
 
@@ -789,7 +789,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(cache, tmp_path):
     out = tmp_path / "killed"
     for lines in (2, 5):  # before the first checkpoint, and after it
         process = run(*([*options, "--out", str(out)] if lines == 2 else ["--resume", str(out)]))
-        while process.poll() is None and len(train.read_metrics(out)) < lines:
+        while process.poll() is None and len(train.read_log(out)) < lines:
             time.sleep(0.01)
         assert process.poll() is None, process.stdout.read()
         os.kill(process.pid, signal.SIGKILL)
@@ -946,8 +946,8 @@ def test_lora_trains_adapters_only_and_merges(cache, tmp_path, capsys, monkeypat
         pytest.skip("peft is not installed")
     out = tmp_path / "lora"
     assert train.main([*options, "--lora", "4", "--merge-lora", "--out", str(out)]) == 0
-    assert [r["kl"] for r in train.read_metrics(out) if r["step"] == 1 and "kl" in r] == [0.0]  # adapters start as nothing
-    assert train.read_metrics(out)[3]["kl"] > 0
+    assert [r["kl"] for r in train.read_log(out) if r["step"] == 1 and "kl" in r] == [0.0]  # adapters start as nothing
+    assert train.read_log(out)[3]["kl"] > 0
     folder = train.checkpoints(out)[-1]
     assert (folder / "adapter_model.safetensors").exists() and not (folder / "model.safetensors").exists()
     adapted, merged = model.load(str(folder)), model.load(str(out / "merged"))
@@ -965,7 +965,7 @@ def test_own_data_trains_and_evaluates(jsonl, tmp_path, capsys, cache):
     out = tmp_path / "out"
     options = ["--data", str(jsonl()), *QUICK, *SMALL, "--cache", cache, "--max-new-tokens", "8", "--temperature", "3"]
     assert train.main([*options, "--steps", "1", "--out", str(out)]) == 0
-    start, step, end = train.read_metrics(out)
+    start, step, end = train.read_log(out)
     assert step["grounded"] is None and start["eval"]["n"] == 2 and end["step"] == 1
     folder = str(train.checkpoints(out)[-1])
     capsys.readouterr()
@@ -973,4 +973,4 @@ def test_own_data_trains_and_evaluates(jsonl, tmp_path, capsys, cache):
         assert train.main([*which, "--eval-only"]) == 0
         shown = json.loads(capsys.readouterr().out.splitlines()[0])
         assert shown["eval"]["n"] in (16, 20) and shown["step"] == (which[0] == "--resume")
-    assert train.read_metrics(out) == [start, step, end]
+    assert train.read_log(out) == [start, step, end]

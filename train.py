@@ -10,14 +10,17 @@ in step k (questions, responses, corrupted images) depends on the seed and on k 
 """
 
 import argparse
+import base64
 import hashlib
 import inspect
+import io
 import json
 import os
 import resource
 import shutil
 import sys
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -37,11 +40,13 @@ from srpo import (
     kl_to_reference,
     policy_loss,
     role_aware_advantages,
+    shared_baseline,
     token_roles,
     token_weights,
     without_perception,
 )
 
+LOGS = ("metrics.jsonl", "samples.jsonl")  # a line a step; two groups of every --sample-every-th step
 VERDICTS = ("reward", "accuracy", "format", "perception", "grounded", "consistent")
 # What an option left out means: for the tiny model, and for any other.
 DEFAULTS = {
@@ -61,7 +66,7 @@ def train(args: argparse.Namespace, out: Path) -> None:
     policy, reference, optimizer, start = prepare(args, out)
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     held_out = task.eval_set(args.eval_size)
-    metrics = open(out / "metrics.jsonl", "a", encoding="utf-8")
+    metrics, samples = (open(out / name, "a", encoding="utf-8") for name in LOGS)
     if start == 0:
         write(metrics, {"step": 0, "eval": evaluate(policy, held_out, args)[0]})
 
@@ -95,17 +100,20 @@ def train(args: argparse.Namespace, out: Path) -> None:
         # Counterfactuals: the sampled perception under the corrupted image, the reasoning without the perception.
         roles = torch.zeros(mask.shape, dtype=torch.long)  # [B, T]
         for row, (text, offsets) in enumerate(responses):
-            roles[row, : len(offsets)] = token_roles(text, offsets)
+            roles[row, : len(offsets)] = token_roles(text, offsets, answer_is_reasoning=args.answer_is_reasoning)
         roles = roles.to(mask.device)
-        old_logp, logp_corrupted, logp_blank, ref_logp, entropy = (torch.zeros_like(rollout.logp) for _ in range(5))
+        old_logp, logp_corrupted, logp_blank, ref_logp, delta, entropy = (torch.zeros_like(rollout.logp) for _ in range(6))
         w = torch.ones_like(old_logp)  # [B, T]
         with torch.no_grad():
             for rows in batches:
                 logp_of = partial(policy.log_probs, prompts, rollout[rows], temperature=args.temperature)
                 if contrasts:
                     visible = without_perception(mask[rows], roles[rows])
-                    logp_corrupted[rows], _ = logp_of(corrupted=True, wanted=roles[rows] == Role.PERCEPTION)
-                    logp_blank[rows], _ = logp_of(visible=visible, wanted=roles[rows] == Role.REASONING, reuse=True)
+                    seeing, inferring = roles[rows] == Role.PERCEPTION, roles[rows] == Role.REASONING
+                    wanted = seeing | inferring if args.corrupt_both else seeing
+                    logp_corrupted[rows], _ = logp_of(corrupted=True, wanted=wanted)
+                    reuse = not args.corrupt_both  # the prompts as read for sampling, with the original image
+                    logp_blank[rows], _ = logp_of(corrupted=not reuse, visible=visible, wanted=inferring, reuse=reuse)
                 if reference is not None:
                     with reference.as_reference():
                         ref_logp[rows], _ = reference.log_probs(prompts, rollout[rows], temperature=args.temperature)
@@ -119,8 +127,20 @@ def train(args: argparse.Namespace, out: Path) -> None:
                 if epoch == 0:  # no step has been taken yet: this is pi_old
                     old_logp[rows], entropy[rows] = logp.detach(), entropy_now
                     if contrasts:
-                        scores = contrast_scores(old_logp[rows], logp_corrupted[rows], logp_blank[rows], roles[rows])
-                        w[rows] = token_weights(scores, roles[rows], tau=args.tau)  # Eq. (2) to (6), (9)
+                        given = old_logp[rows]  # left side of Eq. (2) and (3)
+                        if args.corrupt_both:
+                            given = torch.where(roles[rows] == Role.REASONING, logp_corrupted[rows], given)
+                        delta[rows] = contrast_scores(given, logp_corrupted[rows], logp_blank[rows], roles[rows])
+                        w[rows] = token_weights(  # Eq. (5), (6), (9)
+                            delta[rows],
+                            roles[rows],
+                            tau=args.tau,
+                            w_min=args.w_min,
+                            w_max=args.w_max,
+                            normalize=not args.no_renormalization,
+                            role_balanced=args.role_balanced,
+                            flip=A[rows] < 0 if args.sign_aware else None,
+                        )
                     if not checked:
                         checked = check_ratio(logp, rollout[rows], args.dtype)
                 A_hat = role_aware_advantages(A[rows], w[rows], args.lam)  # [b, T], Eq. (7)
@@ -159,11 +179,25 @@ def train(args: argparse.Namespace, out: Path) -> None:
         record |= dict(zip(("sec_generate", "sec_score", "sec_update"), seconds, strict=True))
         write(metrics, record)
         bar.set_postfix(reward=f"{record['reward']:.2f}", accuracy=f"{record['accuracy']:.2f}", sec=f"{sum(seconds):.1f}")
+        if args.sample_every and (step == 1 or step % args.sample_every == 0):
+            tokens = {"roles": roles, "delta": delta, "weights": w, "advantages": role_aware_advantages(A, w, args.lam)}
+            numbers = {"advantage": A, "baseline": shared_baseline(delta, roles, role_balanced=args.role_balanced)[:, 0]}
+            for g in A.view(-1, args.group_size).any(1).nonzero()[:2, 0].tolist():
+                corrupted = partial(corruption, g) if contrasts else None
+                rows = range(g * args.group_size, (g + 1) * args.group_size)
+                group = [
+                    {"text": responses[b][0], "offsets": responses[b][1], **asdict(verdicts[b])}
+                    | {name: round(x[b].item(), 4) for name, x in numbers.items()}
+                    | {name: [round(v, 4) for v in x[b][mask[b]].tolist()] for name, x in tokens.items()}
+                    for b in rows
+                ]
+                write(samples, {"step": step, **as_shown(examples[g], policy, corrupted), "responses": group})
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             write(metrics, {"step": step, "eval": evaluate(policy, held_out, args)[0]})
         if step == args.steps or (args.save_every and step % args.save_every == 0):
             save_checkpoint(out, step, policy, optimizer)  # last: a checkpoint vouches for all lines up to its step
     metrics.close()
+    samples.close()
     if args.merge_lora and not (out / "merged").exists():
         write_folder(out / "merged", partial(policy.save, merged=True))
     summarize(out, policy, held_out, args)
@@ -231,7 +265,7 @@ def evaluate(policy, examples, args, batch: int = 64) -> tuple[dict, list[str]]:
 
 def summarize(out: Path, policy, held_out, args) -> None:
     """The first evaluation against the last, and three sample responses."""
-    evals = [r for r in read_metrics(out) if "eval" in r]
+    evals = [r for r in read_log(out) if "eval" in r]
     if not evals:
         raise InputError(f"{out / 'metrics.jsonl'}: holds no evaluation; was it changed by hand?")
     first, last = evals[0], evals[-1]
@@ -363,14 +397,28 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
 
 
+def as_shown(example, policy, corrupted=None) -> dict:
+    """A question with its pictures as the model gets them, original and corrupted, in a form to write down."""
+
+    def png(image) -> str:
+        file, image = io.BytesIO(), image.copy()
+        image.thumbnail((448, 448))  # enough to look at
+        image.save(file, "PNG")
+        return base64.b64encode(file.getvalue()).decode()
+
+    images = [policy.fit(image) for image in example.images]
+    shown = {"question": example.question, "answer": example.answer, "images": [png(image) for image in images]}
+    return shown | {"corrupted": [png(corrupted(image)) for image in images] if corrupted else []}
+
+
 def write(file, record: dict) -> None:
     file.write(json.dumps(record) + "\n")
     file.flush()
 
 
-def read_metrics(out: Path) -> list[dict]:
+def read_log(out: Path, name: str = LOGS[0]) -> list[dict]:
     """Records of a run; a last line cut off by a kill is not one."""
-    path = out / "metrics.jsonl"
+    path = out / name
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
 
@@ -378,10 +426,11 @@ def read_metrics(out: Path) -> list[dict]:
 def rewind(out: Path) -> None:
     """Drop what was recorded after the last checkpoint, where those steps are made again, and what was left half written."""
     done = int(checkpoints(out)[-1].name.removeprefix("checkpoint-")) if checkpoints(out) else -1
-    kept = "".join(json.dumps(r) + "\n" for r in read_metrics(out) if r["step"] <= done)
-    beside = out / "metrics.jsonl.tmp"
-    beside.write_text(kept, encoding="utf-8")
-    os.replace(beside, out / "metrics.jsonl")
+    for name in LOGS:
+        kept = "".join(json.dumps(r) + "\n" for r in read_log(out, name) if r["step"] <= done)
+        beside = out / f"{name}.tmp"
+        beside.write_text(kept, encoding="utf-8")
+        os.replace(beside, out / name)
     for leftover in out.glob("checkpoint-*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -429,7 +478,14 @@ def build_parser() -> Parser:
     add("--clip-low", type=share, default=0.2, help="epsilon_low of Eq. (8)")
     add("--clip-high", type=number(float, 0), default=0.2, help="epsilon_high of Eq. (8)")
     add("--tau", type=positive, default=1.0, help="tau of Eq. (6): the larger, the closer all weights are to 1")
+    add("--w-min", type=positive, default=0.5, help="smallest weight of Eq. (6), before normalization")
+    add("--w-max", type=positive, default=2.0, help="largest weight of Eq. (6), before normalization")
     add("--lam", type=share, default=1.0, help="lambda of Eq. (7): 0 is GRPO")
+    add("--role-balanced", action="store_true", help="baseline of Eq. (5): mean of the two roles' means, not of all tokens")
+    add("--sign-aware", action="store_true", help="where the advantage is negative, weigh tokens of low contrast more")
+    add("--no-renormalization", action="store_true", help="leave out the second line of Eq. (6)")
+    add("--answer-is-reasoning", action="store_true", help="give the answer's tokens a weight too, as reasoning")
+    add("--corrupt-both", action="store_true", help="the corrupted image on both sides of Eq. (3)")
     add("--corruption", default="patch", choices=CORRUPTIONS, help="how the image of Eq. (2) is corrupted")
     add("--corruption-p", type=share, default=0.6, help="its strength: share of masked patches, noise level, blur radius")
     add("--plain", action="store_true", help="score every response with a prompt of its own: the same numbers, slower")
@@ -444,6 +500,7 @@ def build_parser() -> Parser:
     add("--eval-only", action="store_true", help="evaluate the model, with --data on all of its rows, and stop")
     add("--eval-every", type=number(int, 0), default=20, help="steps between evaluations; 0: only before and after")
     add("--eval-size", type=count, default=256, help="held-out examples")
+    add("--sample-every", type=number(int, 0), default=20, help="steps between groups kept for extras/report.py; 0: none")
     add("--save-every", type=number(int, 0), default=20, help="steps between checkpoints; 0: only the last")
     add("--image-size", type=number(int, 24), default=None, help=f"side of drawn images in pixels {auto['image_size']}")
     add("--warmup-steps", type=number(int, 0), default=400, help="tiny: steps on true demonstrations")
@@ -475,6 +532,8 @@ def parse_options(argv: list[str] | None) -> tuple[argparse.Namespace, Path | No
             setattr(args, name, tiny if model.is_tiny(args.model) else other)
     if args.lora and args.train_vision:
         raise InputError("--train-vision: not with --lora, whose adapters leave the vision tower frozen; drop one of them")
+    if args.w_min > args.w_max:
+        raise InputError(f"--w-min {args.w_min:g}: above --w-max {args.w_max:g}")
     if args.merge_lora and not args.lora:
         raise InputError("--merge-lora: there is nothing to merge without --lora RANK")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -496,7 +555,8 @@ def claim(args) -> Path:
     options = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "eval_only")}
 
     def fill(folder):
-        (folder / "metrics.jsonl").touch()
+        for name in LOGS:
+            (folder / name).touch()
         (folder / "args.json").write_text(json.dumps(options, indent=1) + "\n", encoding="utf-8")
 
     try:
@@ -517,7 +577,7 @@ def used(out: Path) -> bool:
     """Whether a folder holds anything but the options of a run that has recorded nothing yet."""
     if not out.exists():
         return False
-    return {p.name for p in out.iterdir()} - {"args.json", "metrics.jsonl"} != set() or bool(read_metrics(out))
+    return {p.name for p in out.iterdir()} - {"args.json", *LOGS} != set() or bool(read_log(out))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -74,7 +74,7 @@ def make_folder(folder: Path, shape: str) -> None:
     policy.save(folder)
 
 
-def draw_roles(text, offsets) -> torch.Tensor:
+def draw_roles(text, offsets, **_) -> torch.Tensor:
     """Roles in a response without tags: token 0 opens, then 40 % perception, a gap, 40 % reasoning, and the answer."""
     T = len(offsets)
     roles = torch.zeros(T, dtype=torch.long)
@@ -101,7 +101,7 @@ def run_ours(condition: str, shape: str, folder: str, steps: int, device: str) -
     with tempfile.TemporaryDirectory() as out:
         if train.main([*argv, "--out", out]) != 0:
             sys.exit(2)
-        records = [r for r in train.read_metrics(Path(out)) if "eval" not in r][WARMUP:]
+        records = [r for r in train.read_log(Path(out)) if "eval" not in r][WARMUP:]
     phases = [[r["sec_generate"], r["sec_score"], r["sec_update"]] for r in records]
     tokens = [r["length"] * prompts * group for r in records]
     return {"phases": phases, "tokens": tokens, "peak": train.peak_memory(device)}
