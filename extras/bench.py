@@ -2,7 +2,8 @@
 
     python extras/bench.py                        both shapes on this machine; TRL too where it is installed
     python extras/bench.py --shape short --turns 2 --steps 6
-    python extras/bench.py --shape 2b --conditions grpo,srpo,srpo-lora     Qwen2-VL-2B from its configuration, on a GPU
+    python extras/bench.py --shape 2b             Qwen2-VL-2B from its configuration, full and with LoRA, beside plain
+                                                  `generate`; on a CPU two layers of it and short responses
 
 Every condition runs in a process of its own, in turns, so that a busy machine slows all of them; the table has the
 median over the steps of all turns, after two warm-up steps a turn. Weights are random, so no response has the tags and
@@ -33,9 +34,12 @@ WARMUP = 2
 SHAPES = {
     "short": (96, 1, 8, 64, 4, 256, 4000),  # 36 visual tokens
     "long": (512, 1, 8, 64, 4, 256, 4000),  # 1,024 visual tokens
-    "2b": (630, 8, 8, 256, None, None, None),  # 506 visual tokens, the configuration of Qwen2-VL-2B
+    "2b": (630, 8, 8, 256, 28, None, None),  # 506 visual tokens, the configuration of Qwen2-VL-2B
+    "2b-cut": (112, 1, 8, 16, 2, None, None),  # two layers of it: the same code where there is no GPU
 }
 CONDITIONS = ("grpo", "srpo", "grpo-plain", "srpo-plain", "trl-grpo")
+CONDITIONS_2B = ("generate", "grpo", "srpo", "grpo-lora", "srpo-lora")
+BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense operations a second, from the makers' data sheets
 QWEN2_VL_2B = {
     "text_config": {
         "vocab_size": 151936,
@@ -57,7 +61,8 @@ def make_folder(folder: Path, shape: str) -> None:
     _, _, _, _, layers, width, words = SHAPES[shape]
     policy = model.build_tiny()
     sizes = QWEN2_VL_2B
-    if layers:
+    sizes["text_config"]["num_hidden_layers"], sizes["vision_config"]["depth"] = layers, min(32, 2 * layers)
+    if words:
         policy.tokenizer.add_tokens([f"w{i}" for i in range(words - len(policy.tokenizer))])
         rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12]}
         heads = {"num_hidden_layers": layers, "num_attention_heads": width // 64, "num_key_value_heads": 2}
@@ -91,7 +96,7 @@ def run_ours(condition: str, shape: str, folder: str, steps: int, device: str) -
     options = {
         "--model": folder, "--task": "count", "--image-size": side, "--prompts": prompts, "--group-size": group,
         "--max-new-tokens": new_tokens, "--steps": steps, "--eval-size": 1, "--eval-every": 0, "--save-every": 0,
-        "--algo": condition.split("-")[0], "--device": device, "--micro-batch": 4096 if shape == "2b" else 10**6,
+        "--algo": condition.split("-")[0], "--device": device, "--micro-batch": 4096 if shape == "2b" else 10**6, "--sample-every": 0,
     }  # fmt: skip
     argv = [str(x) for pair in options.items() for x in pair]
     argv += ["--plain"] if "plain" in condition else []
@@ -105,6 +110,44 @@ def run_ours(condition: str, shape: str, folder: str, steps: int, device: str) -
     phases = [[r["sec_generate"], r["sec_score"], r["sec_update"]] for r in records]
     tokens = [r["length"] * prompts * group for r in records]
     return {"phases": phases, "tokens": tokens, "peak": train.peak_memory(device)}
+
+
+def run_generate(shape: str, folder: str, steps: int, device: str) -> dict:
+    """`generate` of transformers as it comes, on the same prompts, each repeated for its group; bf16 weights on a GPU."""
+    policy = model.load(folder, device=device)
+    side, prompts, group, new_tokens, *_ = SHAPES[shape]
+    if device != "cpu":
+        policy.model.to(torch.bfloat16)
+    inputs = policy._prompt_inputs(
+        policy.encode(data.DrawnTask("count", size=side).train_batch(0, prompts)),
+        torch.arange(prompts, device=policy.device).repeat_interleave(group),
+    )
+    inputs["mm_token_type_ids"] = (inputs["input_ids"] == policy.image_token).int()
+    inputs.pop("position_ids")  # generate counts them itself
+    seconds = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        policy.model.generate(**inputs, do_sample=True, top_k=0, min_new_tokens=new_tokens, max_new_tokens=new_tokens)
+        if device != "cpu":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    phases = [[x, 0.0, 0.0] for x in seconds[WARMUP:]]
+    return {"phases": phases, "tokens": [prompts * group * new_tokens] * len(phases), "peak": train.peak_memory(device)}
+
+
+def share_of_peak(condition: str, shape: str, device: str, seconds: float) -> str:
+    """Of the card's bf16 peak, reached in the update: matrix products of the language model and its head alone, 6 operations
+    a weight and token (4 with LoRA, whose frozen weights need no gradient), every prompt read once."""
+    peak = [p for name, p in BF16_PEAK.items() if device != "cpu" and name in torch.cuda.get_device_name(device)]
+    if not peak or not shape.startswith("2b") or not seconds:
+        return ""
+    side, prompts, group, T, layers, *_ = SHAPES[shape]
+    text = QWEN2_VL_2B["text_config"]
+    H, I, heads = text["hidden_size"], text["intermediate_size"], text["num_key_value_heads"] / text["num_attention_heads"]
+    prompt = prompts * ((side // 28) ** 2 + 10)
+    operations = layers * (H * H * (2 + 2 * heads) + 3 * H * I) * (prompt + prompts * group * T)
+    operations += H * text["vocab_size"] * prompts * group * T  # the head sees response positions only
+    return f"{operations * (4 if 'lora' in condition else 6) / seconds / peak[0]:9.0%}"
 
 
 def run_trl(shape: str, folder: str, steps: int, device: str) -> dict:
@@ -196,7 +239,7 @@ def floor(shape: str, results: dict[str, dict]) -> float:
     prompts as read for sampling, and reads the responses up to the last reasoning token without the perception.
     """
     side, prompts, group, T, *_ = SHAPES[shape]
-    square = (8 if shape != "2b" else 14) * 2
+    square = (14 if shape.startswith("2b") else 8) * 2
     L = prompts * ((side // square) ** 2 + 10)
     roles = draw_roles("", [None] * T)
     last = [int((roles == role).nonzero().max()) + 1 for role in (1, 2)]
@@ -209,7 +252,7 @@ def floor(shape: str, results: dict[str, dict]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--shape", default="short,long", help=f"of {', '.join(SHAPES)}")
-    parser.add_argument("--conditions", default=",".join(CONDITIONS), help="also grpo-lora, srpo-lora")
+    parser.add_argument("--conditions", help=f"default: {','.join(CONDITIONS)}; for 2b: {','.join(CONDITIONS_2B)}")
     parser.add_argument("--turns", type=int, default=3, help="how often each condition runs")
     parser.add_argument("--steps", type=int, default=7, help=f"steps a turn, of which {WARMUP} warm up")
     parser.add_argument("--groups", metavar="G,G,...", help="only this: our SRPO step with these group sizes, in turns")
@@ -219,15 +262,23 @@ def main() -> None:
     args = parser.parse_args()
     if args.one:
         condition, shape, folder = args.one
-        run = run_trl if condition == "trl-grpo" else lambda *a: run_ours(condition, *a)
+        special = {"trl-grpo": run_trl, "generate": run_generate}
+        run = special.get(condition) or (lambda *a: run_ours(condition, *a))
         print("RESULT " + json.dumps(run(shape, folder, args.steps, args.device)), flush=True)
         return
     try:
         import trl  # noqa: F401
     except ImportError:
-        args.conditions = ",".join(c for c in args.conditions.split(",") if not c.startswith("trl"))
-        print("trl-grpo is left out: pip install trl==1.16.0")
+        trl = None
+    asked = args.conditions
     for shape in args.shape.split(","):
+        if shape == "2b" and args.device == "cpu":
+            shape = "2b-cut"
+            print("no GPU: two layers of Qwen2-VL-2B and 16 tokens a response")
+        chosen = asked or ",".join(CONDITIONS_2B if shape.startswith("2b") else CONDITIONS)
+        args.conditions = ",".join(c for c in chosen.split(",") if trl or not c.startswith("trl"))
+        if args.conditions != chosen:
+            print("trl-grpo is left out: pip install trl==1.16.0")
         with tempfile.TemporaryDirectory() as folder:
             make_folder(Path(folder), shape)
             if args.profile:
@@ -236,7 +287,7 @@ def main() -> None:
                 args.conditions = ",".join(f"srpo-G{g}" for g in args.groups.split(","))
                 by_group(shape, measure(args, shape, folder))
             else:
-                table(shape, measure(args, shape, folder))
+                table(shape, measure(args, shape, folder), args.device)
 
 
 def profile(shape: str, folder: str, steps: int, device: str) -> None:
@@ -275,10 +326,10 @@ def measure(args, shape: str, folder: str) -> dict[str, dict]:
     return results
 
 
-def table(shape: str, results: dict[str, dict]) -> None:
+def table(shape: str, results: dict[str, dict], device: str) -> None:
     side, prompts, group, new_tokens, *_ = SHAPES[shape]
     print(f"\n{shape}: {side}x{side} image, {prompts} prompt(s) x {group} responses x {new_tokens} tokens; median seconds a step")
-    names = ("generate", "score", "update", "step", "vs grpo", "tokens/s", "peak GiB", "steps")
+    names = ("generate", "score", "update", "step", "vs grpo", "tokens/s", "peak GiB", "steps", "of peak")
     print(f"{'':12}" + "".join(f"{n:>10}" for n in names))
     step = {name: statistics.median(map(sum, r["phases"])) for name, r in results.items()}
     for name, r in results.items():
@@ -286,7 +337,7 @@ def table(shape: str, results: dict[str, dict]) -> None:
         figures = [*phases, step[name], step[name] / step.get("grpo", step[name])]
         speed = statistics.median(n / p[0] for n, p in zip(r["tokens"], r["phases"], strict=True))
         shown = "".join(f"{x:10.3f}" for x in figures)
-        print(f"{name:12}{shown}{speed:10.0f}{r['peak']:10.2f}{len(r['phases']):10d}")
+        print(f"{name:12}{shown}{speed:10.0f}{r['peak']:10.2f}{len(r['phases']):10d} {share_of_peak(name, shape, device, phases[2])}")
     for ours, theirs in (("srpo", "trl-grpo"), ("grpo", "trl-grpo"), ("srpo", "grpo"), ("srpo", "srpo-plain"), ("grpo", "grpo-plain")):
         if ours in step and theirs in step:
             ratio = f"{ours} / {theirs}: {step[ours] / step[theirs]:.2f}"
