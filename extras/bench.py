@@ -150,18 +150,11 @@ def share_of_peak(condition: str, shape: str, device: str, seconds: float) -> st
     return f"{operations * (4 if 'lora' in condition else 6) / seconds / peak[0]:9.0%}"
 
 
-def run_trl(shape: str, folder: str, steps: int, device: str) -> dict:
-    """TRL's GRPOTrainer as a user starts it, less what would make it slower here: gradient checkpointing and logging."""
-    from datasets import Dataset
-    from transformers import AutoModelForImageTextToText, ProcessorMixin, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
-
-    policy = model.load(folder)
-    side, prompts, group, new_tokens, *_ = SHAPES[shape]
+def processor_for(policy):
+    """What GRPOTrainer asks of a Qwen2-VL processor, without the video part, which needs torchvision."""
+    from transformers import ProcessorMixin
 
     class Processor(ProcessorMixin):
-        """What GRPOTrainer asks of a Qwen2-VL processor, without the video part, which needs torchvision."""
-
         def __init__(self):
             self.tokenizer, self.image_processor = policy.tokenizer, policy.image_processor
             self.chat_template = policy.tokenizer.chat_template
@@ -185,8 +178,11 @@ def run_trl(shape: str, folder: str, steps: int, device: str) -> dict:
             kinds = [[int(i == policy.image_token) for i in row] for row in rows]
             masks = [[1] * len(row) for row in rows]
             fields = {"input_ids": rows, "attention_mask": masks, "mm_token_type_ids": kinds}
-            if return_tensors:  # one image and question a step: rows of one length
-                fields = {k: torch.tensor(v) for k, v in fields.items()}
+            if return_tensors:  # padded on the left
+                width, filler = max(map(len, rows)), {"input_ids": policy.pad}
+                fields = {
+                    k: torch.tensor([[filler.get(k, 0)] * (width - len(r)) + r for r in v]) for k, v in fields.items()
+                }
             return fields | dict(vision)
 
         def batch_decode(self, *args, **kwargs):
@@ -194,6 +190,18 @@ def run_trl(shape: str, folder: str, steps: int, device: str) -> dict:
 
         def save_pretrained(self, *_, **__):
             pass
+
+    return Processor()
+
+
+def run_trl(shape: str, folder: str, steps: int, device: str) -> dict:
+    """TRL's GRPOTrainer as a user starts it, less what would make it slower here: gradient checkpointing and logging."""
+    from datasets import Dataset
+    from transformers import AutoModelForImageTextToText, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    policy = model.load(folder)
+    side, prompts, group, new_tokens, *_ = SHAPES[shape]
 
     examples = data.DrawnTask("count", size=side).train_batch(0, steps * prompts)
     rows = [{"prompt": [{"role": "user", "content": e.question}], "image": e.images[0]} for e in examples]
@@ -226,7 +234,7 @@ def run_trl(shape: str, folder: str, steps: int, device: str) -> dict:
             use_cpu=device == "cpu", report_to=[], save_strategy="no", logging_steps=10**6, disable_tqdm=True, seed=0,
         )  # fmt: skip
         reward = lambda completions, **_: rng.random(len(completions)).tolist()  # noqa: E731
-        Timed(net, reward, config, Dataset.from_list(rows), processing_class=Processor(), callbacks=[StepEnd()]).train()
+        Timed(net, reward, config, Dataset.from_list(rows), processing_class=processor_for(policy), callbacks=[StepEnd()]).train()
     tokens = prompts * group * new_tokens
     return {"phases": phases[WARMUP:], "tokens": [tokens] * (steps - WARMUP), "peak": train.peak_memory(device)}
 

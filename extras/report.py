@@ -15,6 +15,7 @@ import html
 import io
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -47,13 +48,14 @@ def read_run(folder: Path) -> dict:
 
 
 def label_runs(runs: list[dict]) -> dict[str, list[dict]]:
-    """Runs that differ in their seed alone, under a name made of the options in which the others differ from them."""
+    """Runs that differ in their seed alone, under the name of their folders without it, and the options that tell it apart."""
+    stems = [re.sub(r"-seed\d+(-\d+)?$", "", run["name"]) for run in runs]
     options = [{k: v for k, v in run["args"].items() if k not in ("seed", "cache")} for run in runs]
-    differing = [k for k in options[0] if len({json.dumps(o.get(k)) for o in options}) > 1]
     labelled = {}
-    for run, o in zip(runs, options, strict=True):
-        shown = [o["algo"]] + [f"{k.replace('_', ' ')} {o.get(k)}" for k in differing if k != "algo"]
-        labelled.setdefault(", ".join(shown), []).append(run)
+    for run, stem, o in zip(runs, stems, options, strict=True):
+        others = [x for x, s in zip(options, stems, strict=True) if s == stem]
+        telling = [k for k in o if len({json.dumps(x.get(k)) for x in others}) > 1]
+        labelled.setdefault(", ".join([stem] + [f"{k.replace('_', ' ')} {o[k]}" for k in telling]), []).append(run)
     return labelled
 
 
@@ -92,15 +94,18 @@ def chart(labelled: dict[str, list[dict]], name: str) -> str:
     x1 = max(max(p[0] for p in points), 1)
     low, high = min(p[2] for p in points), max(p[3] for p in points)
     pad = (high - low) * 0.05 or max(abs(high), 1) * 0.05
-    low, high = low - pad, high + pad
+    step = 10 ** math.floor(math.log10((high - low + 2 * pad) / 3))  # round numbers on the axis, three to seven of them
+    step *= max(k for k in (1, 2, 5) if (high - low + 2 * pad) / (k * step) >= 3)
+    low, high = math.floor((low - pad) / step) * step, math.ceil((high + pad) / step) * step
     X = lambda x: left + x / x1 * (W - left - 8)  # noqa: E731
     Y = lambda y: H - bottom - (y - low) / (high - low) * (H - bottom - top)  # noqa: E731
     parts = [f'<svg viewBox="0 0 {W} {H}" role="img" aria-label="{esc(name)}"><text x="{left}" y="14" class="t">{esc(name)}</text>']
-    for i in range(5):
-        y, x = low + (high - low) * i / 4, x1 * i / 4
+    for i in range(round((high - low) / step) + 1):
+        y = low + i * step
         parts.append(f'<line x1="{left}" x2="{W - 8}" y1="{Y(y):.1f}" y2="{Y(y):.1f}" class="g"/>')
-        parts.append(f'<text x="{left - 4}" y="{Y(y) + 4:.1f}" text-anchor="end">{y:.3g}</text>')
-        parts.append(f'<text x="{X(x):.1f}" y="{H - 8}" text-anchor="middle">{x:.3g}</text>')
+        parts.append(f'<text x="{left - 4}" y="{Y(y) + 4:.1f}" text-anchor="end">{round(y, 9):.4g}</text>')
+    for x in (0, x1 / 2, x1):
+        parts.append(f'<text x="{X(x):.1f}" y="{H - 8}" text-anchor="middle">{x:.4g}</text>')
     for i, c in enumerate(curves.values()):
         if not c:
             continue
@@ -199,9 +204,10 @@ h1{font-size:1.4em}h4{margin:.6em 0 .3em}svg text{font-size:11px;fill:var(--soft
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(280px,1fr));gap:8px}.charts svg{width:100%;height:auto}
 .legend{list-style:none;padding:0;display:flex;flex-wrap:wrap;gap:4px 18px}.key{width:34px;height:12px;vertical-align:middle}
 .group{border-top:1px solid var(--line);padding-bottom:10px}.pics{display:flex;flex-wrap:wrap;gap:10px}figure{margin:0}
+@media(prefers-color-scheme:dark){polyline,.key line{filter:brightness(1.5)}}
 figcaption{color:var(--soft);font-size:12px}img{width:144px;max-width:45vw;image-rendering:pixelated;border:1px solid var(--line)}
 .r{margin:8px 0}.r p{margin:0;font-size:13px}pre{margin:2px 0;white-space:pre-wrap;overflow-wrap:anywhere;font:14px/1.9 ui-monospace,monospace}
-pre span{position:relative;border-radius:2px}.perception{background:rgb(var(--p),calc(var(--s)*.75));border-bottom:2px solid rgb(var(--p))}
+pre span{position:relative}.perception{background:rgb(var(--p),calc(var(--s)*.75));border-bottom:2px solid rgb(var(--p))}
 .reasoning{background:rgb(var(--r),calc(var(--s)*.75));border-bottom:2px dotted rgb(var(--r))}
 pre span:hover::after,pre span:focus::after{content:attr(data-tip);position:absolute;left:0;top:1.7em;z-index:9;white-space:pre;padding:2px 7px;
 background:var(--fg);color:var(--bg);font:12px/1.5 system-ui,sans-serif;border-radius:4px}summary{cursor:pointer;font-weight:bold}.other{color:var(--soft)}
@@ -215,7 +221,7 @@ def page(runs: list[dict]) -> str:
     body = [f"<h1>SRPO: {len(runs)} run{'s' * (len(runs) > 1)}</h1>", legend(labelled)]
     if any(len(r) > 1 for r in labelled.values()):
         body.append("<p>Lines are means over seeds; bands are 95 % of the error of the mean.</p>")
-    body.append(f'<div class="charts">{charts}</div><h2>Credit, token by token</h2><p><span class="perception" style="--s:50%">perception</span> and')
+    body.append(f'<div class="charts">{charts}</div><h2>Credit, token by token</h2><p><span class="perception" style="--s:50%">perception</span> and ')
     body.append('<span class="reasoning" style="--s:50%">reasoning</span> tokens are darker the larger their weight w; all others have weight 1. ')
     body.append("Point at a token, or touch it, for its contrast Δ, weight w and advantage Â. A is the response's advantage, b its baseline.</p>")
     for label, members in labelled.items():
@@ -232,8 +238,8 @@ def page(runs: list[dict]) -> str:
 
 def credit_png(group: dict, response: dict, scale: int = 2) -> Image.Image:
     """A response with the credit of each token, and the two images beside it."""
-    W, side, gap = 1000 * scale, 170 * scale, 14 * scale
-    font, small, bold = (ImageFont.load_default(size * scale) for size in (17, 11, 15))
+    W, side, gap = 860 * scale, 118 * scale, 12 * scale
+    font, small, bold = (ImageFont.load_default(size * scale) for size in (16, 11, 15))
     canvas = Image.new("RGB", (W, 2000 * scale), "white")
     draw = ImageDraw.Draw(canvas)
     y = gap
@@ -252,7 +258,7 @@ def credit_png(group: dict, response: dict, scale: int = 2) -> Image.Image:
     for token in tokens_of(response):
         for part in token["text"].splitlines(keepends=True) or [""]:
             text = part.rstrip("\n")
-            width = max(draw.textlength(text, font), (3 if part.strip() else 0) * scale) + 2 * scale
+            width = max(draw.textlength(text, font), (22 if token["role"] != Role.OTHER else 0) * scale) + 2 * scale
             if x + width > W - gap:
                 x, row = left, row + line
             if token["role"] != Role.OTHER:

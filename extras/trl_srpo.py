@@ -77,8 +77,8 @@ class SRPOTrainer(GRPOTrainer):
 
     def role_aware(self, batch: dict) -> torch.Tensor:
         """A-hat [B, T], Eq. (2) to (7), of a batch as GRPOTrainer scored it."""
-        if batch.get("pixel_values") is None or batch.get("image_grid_thw") is None:
-            raise ValueError("SRPO needs images in the layout of the Qwen-VL family (pixel_values and image_grid_thw)")
+        if "pixel_values" not in batch or "image_grid_thw" not in batch:
+            raise ValueError("SRPO needs questions with images, processed as in the Qwen-VL family (pixel_values, image_grid_thw)")
         ids, mask = batch["completion_ids"], batch["completion_mask"]  # [B, T]
         roles = torch.zeros_like(ids)
         for row, n in enumerate(mask.sum(1).tolist()):
@@ -96,8 +96,9 @@ class SRPOTrainer(GRPOTrainer):
         w = token_weights(delta, roles, **self.weight_options)
         for name, x in (("contrast", delta), ("weight", w)):
             for role in (Role.PERCEPTION, Role.REASONING):
-                mean = x[roles == role].mean().item() if (roles == role).any() else float("nan")
-                self._metrics["train"][f"srpo/{name}_{role.name.lower()}"].append(mean)
+                total = torch.stack([x[roles == role].sum(), (roles == role).sum().to(x.dtype)])
+                total, count = self.accelerator.reduce(total).tolist()  # over all processes
+                self._metrics["train"][f"srpo/{name}_{role.name.lower()}"].append(total / count if count else float("nan"))
         return role_aware_advantages(batch["advantages"], w, self.lam)
 
     def score(self, batch: dict, completion_mask: torch.Tensor, pixel_values: torch.Tensor | None = None) -> torch.Tensor:

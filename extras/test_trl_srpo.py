@@ -1,0 +1,210 @@
+"""Tests of trl_srpo.py against the real TRL: pip install trl==1.16.0 pytest, then python -m pytest -q extras/test_trl_srpo.py"""
+
+import filecmp
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="pip install trl==1.16.0")
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import trl_srpo  # noqa: E402
+from bench import processor_for  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from transformers import AutoModelForImageTextToText, TrainerCallback  # noqa: E402
+from trl import GRPOConfig, GRPOTrainer  # noqa: E402
+from trl_srpo import SRPOTrainer  # noqa: E402
+
+import data  # noqa: E402
+import model  # noqa: E402
+import srpo  # noqa: E402
+
+G = 4
+README = (HERE.parent / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model of random weights, as a user would name one."""
+    folder = tmp_path_factory.mktemp("model")
+    model.build_tiny(seed=0).save(folder)
+    return str(folder)
+
+
+class Recorder(TrainerCallback):
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **_):
+        self.logs.append(dict(logs))
+
+
+def reward(completions, **_):
+    return [len(c[0]["content"]) % 7 / 7 for c in completions]
+
+
+class Scripted:
+    """Instead of sampling, the k-th response to each question is a given well-formed text: runs can be compared."""
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations):
+        policy, rows = self.policy, []
+        for i in range(len(prompt_ids)):
+            k = (self.accelerator.process_index * len(prompt_ids) + i) % num_generations
+            color = list(data.COLORS)[k % 4]
+            text = data.respond(f" a1 {color} circle, b{k % 3 + 1} {color} square", f" a1 {color}" * (k + 1) + f" so {k}", f" {k}")
+            rows.append(policy.as_rollout([text]).ids[0].tolist())
+        return rows, None
+
+
+class ScriptedSRPO(Scripted, SRPOTrainer):
+    pass
+
+
+class ScriptedGRPO(Scripted, GRPOTrainer):
+    pass
+
+
+def trained(kind, folder, out, batch=2 * G, steps=2, options=(), config=()):
+    """Logs and final weights of a short run on four questions."""
+    policy = model.load(folder)
+    examples = data.DrawnTask("count").train_batch(0, 4)
+    rows = [{"prompt": [{"role": "user", "content": e.question}], "image": e.images[0]} for e in examples]
+    arguments = {
+        "output_dir": str(out), "per_device_train_batch_size": batch, "num_generations": G, "max_completion_length": 48,
+        "max_steps": steps, "learning_rate": 1e-2, "optim": "sgd", "lr_scheduler_type": "constant", "logging_steps": 1, "bf16": False,
+        "use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True, "shuffle_dataset": False, "seed": 0,
+        "gradient_checkpointing": False,
+    }  # fmt: skip
+    net = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    recorder = Recorder()
+    trainer = kind(
+        net, reward, GRPOConfig(**arguments | dict(config)), Dataset.from_list(rows),
+        processing_class=processor_for(policy), callbacks=[recorder], **dict(options),
+    )  # fmt: skip
+    trainer.policy = policy
+    trainer.train()
+    return [x for x in recorder.logs if "grad_norm" in x], trainer
+
+
+def weights_of(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.accelerator.unwrap_model(trainer.model).parameters()])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"loss_type": "grpo"},
+        {"loss_type": "bnpo"},
+        {"loss_type": "dr_grpo", "beta": 0.1},
+        {"loss_type": "dapo", "gradient_accumulation_steps": 2, "num_iterations": 2, "per_device_train_batch_size": G},
+        {"loss_type": "cispo", "epsilon_high": 5.0},
+        {"loss_type": "sapo"},
+    ],
+    ids=lambda c: c["loss_type"],
+)
+def test_lambda_0_is_grpo(folder, tmp_path, config):
+    ours, a = trained(ScriptedSRPO, folder, tmp_path / "a", options={"lam": 0.0}, config=config)
+    theirs, b = trained(ScriptedGRPO, folder, tmp_path / "b", config=config)
+    assert [x["grad_norm"] for x in ours] == [x["grad_norm"] for x in theirs]
+    assert theirs[0]["grad_norm"] > 0 and torch.equal(weights_of(a), weights_of(b))
+    weighted, c = trained(ScriptedSRPO, folder, tmp_path / "c", config=config)
+    assert weighted[0]["grad_norm"] != theirs[0]["grad_norm"] and not torch.equal(weights_of(c), weights_of(b))
+
+
+def test_advantages_are_those_of_srpo_py(folder, tmp_path, monkeypatch):
+    """What the trainer hands to the loss is Eq. (7), computed again here from our own policy's log-probs."""
+    seen = []
+    keep = SRPOTrainer.role_aware
+    monkeypatch.setattr(SRPOTrainer, "role_aware", lambda self, batch: seen.append((batch, keep(self, batch))) or seen[-1][1])
+    logs, trainer = trained(ScriptedSRPO, folder, tmp_path, steps=1)
+    batch, A_hat = seen[0]
+    ids, mask = batch["completion_ids"], batch["completion_mask"].bool()
+    policy = model.load(folder)
+    policy.forbidden = policy.forbidden[:0]  # TRL samples and scores over the whole vocabulary
+    prompts = policy.encode(data.DrawnTask("count").train_batch(0, 4)[:2])
+    prompts.corrupted = list(trainer_corruption(batch))
+    rollout = model.Rollout(ids, mask, torch.zeros(ids.shape), torch.arange(2).repeat_interleave(G))
+    roles = torch.zeros_like(ids)
+    for row, (text, offsets) in enumerate(policy.decode(rollout)):
+        roles[row, : len(offsets)] = srpo.token_roles(text, offsets)
+    assert (roles == srpo.Role.PERCEPTION).any(1).all() and (roles == srpo.Role.REASONING).any(1).all()
+    with torch.no_grad():
+        logp, _ = policy.log_probs(prompts, rollout, temperature=1.0)
+        corrupted, _ = policy.log_probs(prompts, rollout, temperature=1.0, corrupted=True)
+        visible = srpo.without_perception(mask, roles)
+        blank, _ = policy.log_probs(prompts, rollout, temperature=1.0, visible=visible, wanted=visible & (roles == srpo.Role.REASONING))
+    w = srpo.token_weights(srpo.contrast_scores(logp, corrupted, blank, roles), roles)
+    assert A_hat.shape == ids.shape and w.std() > 1e-3
+    torch.testing.assert_close(A_hat, srpo.role_aware_advantages(A_of(batch, A_hat), w), rtol=1e-3, atol=1e-4)
+    assert logs[0]["srpo/contrast_perception"] != 0 and logs[0]["srpo/weight_reasoning"] > 0
+
+
+def A_of(batch, A_hat):
+    """The advantage of each response, read off its last token, whose weight is 1."""
+    last = batch["completion_mask"].sum(1) - 1
+    return A_hat.gather(1, last[:, None])[:, 0]
+
+
+def trainer_corruption(batch):
+    images = batch["pixel_values"].split(batch["image_grid_thw"].prod(1).tolist())
+    copies = [trl_srpo.mask_patches(image, 0.6, 0) for image in images]
+    for i in range(0, len(copies), G):  # one draw for the responses to one prompt
+        assert all(torch.equal(copies[i], c) for c in copies[i : i + G])
+        assert 0 < (copies[i] != images[i]).any(1).float().mean() < 1
+    return copies[::G]
+
+
+def test_what_cannot_work_is_refused(folder, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="importance_sampling_level.*cancel"):
+        trained(ScriptedSRPO, folder, tmp_path / "a", config={"importance_sampling_level": "sequence"})
+    monkeypatch.setattr(trl_srpo, "mask_patches", lambda image, p, step: image)
+    with pytest.raises(RuntimeError, match="do not reach the model"):
+        trained(ScriptedSRPO, folder, tmp_path / "b")
+
+
+def test_another_trl_fails_with_one_line():
+    code = "import trl; trl.GRPOTrainer._get_per_token_logps_and_entropies = lambda self, model: 0; import trl_srpo"
+    path = os.pathsep.join([str(HERE), str(HERE.parent)])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+    assert re.search(r"ImportError: trl [\d.]+: GRPOTrainer\._get_per_token\w+ has changed; trl_srpo.py needs trl==1.16.0", done.stderr)
+
+
+def test_sampled_responses_without_the_structure_are_grpo(folder, tmp_path):
+    """A random model never writes the tags: its real samples fall back to weight 1, Eq. (9)."""
+    ours, a = trained(SRPOTrainer, folder, tmp_path / "a", steps=1)
+    theirs, b = trained(GRPOTrainer, folder, tmp_path / "b", steps=1)
+    assert torch.equal(weights_of(a), weights_of(b)) and theirs[0]["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("batch", [G, G // 2], ids=["a group on each", "each group on both"])
+def test_two_processes_are_one(folder, tmp_path, batch):
+    """accelerate launch with two CPU processes against one process with twice the batch."""
+    result = {}
+    for processes, per_device in ((1, 2 * batch), (2, batch)):
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--num_processes", str(processes)]
+        command += ["--mixed_precision", "no", "--dynamo_backend", "no", *(["--multi_gpu"] if processes > 1 else ["--cpu"])]
+        command += ["--main_process_port", "0", __file__, folder, str(tmp_path / f"{processes}"), str(per_device)]
+        env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found = json.loads((tmp_path / f"{processes}" / "found.json").read_text())
+        assert found["processes"] == processes
+        result[processes] = found
+    assert result[1]["grad_norm"] == pytest.approx(result[2]["grad_norm"], rel=1e-4) and result[1]["grad_norm"][0] > 0
+    torch.testing.assert_close(torch.tensor(result[1]["weights"]), torch.tensor(result[2]["weights"]), rtol=1e-4, atol=1e-6)
+
+
+if __name__ == "__main__":  # one of the processes of the test above
+    folder, out, per_device = sys.argv[1:]
+    logs, trainer = trained(ScriptedSRPO, folder, out, batch=int(per_device))
+    if trainer.accelerator.is_main_process:
+        Path(out).mkdir(exist_ok=True)
+        found = {"grad_norm": [x["grad_norm"] for x in logs], "weights": weights_of(trainer)[::97].tolist()}
+        (Path(out) / "found.json").write_text(json.dumps(found | {"processes": trainer.accelerator.num_processes}))
