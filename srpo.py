@@ -21,6 +21,7 @@ it whole: it needs torch and nothing else. [B, T] stands for responses x respons
 a response token, so index t of a log-prob is log pi(o_t | everything before o_t), already shifted.
 """
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -356,6 +357,30 @@ def kl_to_reference(logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
     mask = mask != 0
     log_r = (_at_least_float32(ref_logp.detach()) - _at_least_float32(logp)).masked_fill(~mask, 0).clamp(-20, 20)
     return (log_r.exp() - 1 - log_r).sum() / mask.sum().clamp(min=1)
+
+
+# ------------------------------------------------------------------------------------- corrupted images, for other hosts
+
+
+def corrupt_patches(patches: Tensor, p: float, seed: int) -> Tensor:
+    """The patch mask for a trainer that holds processed images: a share p of the patches in the image's mean color, Eq. (2).
+
+    The draw depends on the image and the seed alone, so all responses to one prompt share it, on whatever process.
+
+    Args:
+        patches: [patches, channels * pixels] of one image, three channels, as image processors of the Qwen-VL family make it.
+        p: in [0, 1].
+        seed: another one in every training step.
+    Returns:
+        [patches, channels * pixels], a new tensor.
+    """
+    content = patches.detach().float().cpu().numpy().tobytes() + seed.to_bytes(8, "big")
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(content).digest()[:7], "big"))
+    hit = torch.zeros(len(patches), 1, dtype=torch.bool)
+    hit[torch.randperm(len(patches), generator=generator)[: round(p * len(patches))]] = True
+    channels = patches.reshape(len(patches), 3, -1)
+    mean = channels.mean((0, 2))[None, :, None].expand_as(channels).reshape(patches.shape)
+    return torch.where(hit.to(patches.device), mean, patches)
 
 
 # --------------------------------------------------------------------------------------------------------------- parts

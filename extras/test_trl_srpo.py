@@ -154,7 +154,7 @@ def A_of(batch, A_hat):
 
 def trainer_corruption(batch):
     images = batch["pixel_values"].split(batch["image_grid_thw"].prod(1).tolist())
-    copies = [trl_srpo.mask_patches(image, 0.6, 0) for image in images]
+    copies = [srpo.corrupt_patches(image, 0.6, seed=0) for image in images]
     for i in range(0, len(copies), G):  # one draw for the responses to one prompt
         assert all(torch.equal(copies[i], c) for c in copies[i : i + G])
         assert 0 < (copies[i] != images[i]).any(1).float().mean() < 1
@@ -164,7 +164,7 @@ def trainer_corruption(batch):
 def test_what_cannot_work_is_refused(folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="importance_sampling_level.*cancel"):
         trained(ScriptedSRPO, folder, tmp_path / "a", config={"importance_sampling_level": "sequence"})
-    monkeypatch.setattr(trl_srpo, "mask_patches", lambda image, p, step: image)
+    monkeypatch.setattr(trl_srpo, "corrupt_patches", lambda image, p, seed: image)
     with pytest.raises(RuntimeError, match="do not reach the model"):
         trained(ScriptedSRPO, folder, tmp_path / "b")
 

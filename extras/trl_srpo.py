@@ -9,7 +9,6 @@ image, without the perception), and `advantages` [B] becomes A-hat [B, T], Eq. (
 What is trained is the response's structure as in `srpo.py`: ask for <perception>, <reasoning> and <answer> blocks.
 """
 
-import hashlib
 import inspect
 
 import torch
@@ -20,6 +19,7 @@ from srpo import (
     Role,
     Tags,
     contrast_scores,
+    corrupt_patches,
     role_aware_advantages,
     text_and_offsets,
     token_bytes,
@@ -120,7 +120,7 @@ class SRPOTrainer(GRPOTrainer):
         """pixel_values with a share of each image's patches painted in its mean color. The draw depends on the image and
         the step, so that the responses to one prompt share it, on whatever process they are."""
         images = batch["pixel_values"].split(batch["image_grid_thw"].prod(1).tolist())
-        return torch.cat([mask_patches(image, self.corruption_p, self.state.global_step) for image in images])
+        return torch.cat([corrupt_patches(image, self.corruption_p, seed=self.state.global_step) for image in images])
 
     def check(self, delta: torch.Tensor, roles: torch.Tensor) -> None:
         """The silent failure of this field: the corrupted pixels never reach the model, and every contrast is 0."""
@@ -129,14 +129,3 @@ class SRPOTrainer(GRPOTrainer):
             self.arrived = bool(delta[seen].any())
             if not self.arrived:
                 raise RuntimeError("no perception token's log-prob depends on the image: the corrupted pixels do not reach the model")
-
-
-def mask_patches(image: torch.Tensor, p: float, step: int) -> torch.Tensor:
-    """[patches, channels * pixels] of one processed image -> the same with a share p of its patches in its mean color."""
-    seed = hashlib.sha256(image.float().cpu().numpy().tobytes() + step.to_bytes(8, "big")).digest()[:7]
-    order = torch.randperm(len(image), generator=torch.Generator().manual_seed(int.from_bytes(seed, "big")))
-    channels = image.view(len(image), 3, -1)
-    mean = channels.mean((0, 2))[None, :, None].expand_as(channels).reshape(image.shape)
-    hit = torch.zeros(len(image), 1, dtype=torch.bool)
-    hit[order[: round(p * len(image))]] = True
-    return torch.where(hit.to(image.device), mean, image)
