@@ -15,6 +15,7 @@ The reward is 0.9 accuracy + 0.1 format. It never looks at the perception: SRPO 
 """
 
 import hashlib
+import io
 import json
 import re
 import unicodedata
@@ -33,6 +34,7 @@ COLORS = {"red": (220, 40, 40), "green": (40, 170, 70), "blue": (50, 80, 220), "
 SHAPES = ("circle", "square", "triangle")
 CELLS = tuple(column + row for row in "123" for column in "abc")
 TASKS = ("lookup", "count", "compare", "add")
+MARK = "<image>"  # in a question: an image goes here; without marks, all go in front
 REWARD_ACCURACY, REWARD_FORMAT = 0.9, 0.1
 HINT = (
     "The image is a grid of 3 columns a, b, c from left to right and 3 rows 1, 2, 3 from top to bottom. In the perception "
@@ -221,13 +223,18 @@ class Verdict:
     consistent: float | None = None
 
 
-def verify(text: str, example: Example, tags: Tags = Tags()) -> Verdict:
-    """Check a response against its example. Nothing but answer and format enters the reward."""
+def verify(text: str, example: Example, tags: Tags = Tags(), match=None) -> Verdict:
+    """Check a response against its example. Nothing but answer and format enters the reward.
+
+    Args:
+        match: says whether a given answer is the true one, (given, truth) -> bool; by default `answers_match`.
+    """
+    match = match or answers_match
     blocks = parse_response(text, tags)
     spans = (blocks.perception, blocks.reasoning, blocks.answer) if blocks else ()
     well_formed = float(bool(spans) and all(text[a:b].strip() for a, b in spans))
     answer = extract_answer(text, tags)
-    accuracy = float(answer is not None and answers_match(answer, example.answer))
+    accuracy = float(answer is not None and (match(answer, example.answer) or chosen(answer, example)))
     reward = REWARD_ACCURACY * accuracy + REWARD_FORMAT * well_formed
     if example.scene is None:
         return Verdict(reward, accuracy, well_formed)
@@ -242,12 +249,39 @@ def verify(text: str, example: Example, tags: Tags = Tags()) -> Verdict:
 
 
 def extract_answer(text: str, tags: Tags = Tags()) -> str | None:
-    """Text of the only answer block, also when the rest is malformed; None with no block, two, or a broken one."""
+    """Text of the only answer block, what is \\boxed in it if something is, also when the rest is malformed; None with no
+    block, two, or a broken one."""
     opening, closing = f"<{tags.answer}>", f"</{tags.answer}>"
     start, end = text.find(opening), text.find(closing)
     if text.count(opening) != 1 or text.count(closing) != 1 or end < start:
         return None
-    return text[start + len(opening) : end].strip()
+    return unboxed(text[start + len(opening) : end])
+
+
+def unboxed(text: str) -> str:
+    """Content of the last \\boxed{...}, or the whole text without one."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return text.strip()
+    depth = 0
+    for i in range(start + len("\\boxed"), len(text)):
+        depth += {"{": 1, "}": -1}.get(text[i], 0)
+        if depth == 0:
+            return text[start + len("\\boxed{") : i].strip()
+    return text.strip()  # never closed
+
+
+def chosen(answer: str, example: Example) -> bool:
+    """Multiple choice: "B", "(B)", "B. 12 cm", or the words that the question lists after B, where the true answer is B."""
+    letter = re.fullmatch(r"\(?([A-J])\)?\.?|\(?([A-J])[).:]\s*\S.*", example.answer.strip())
+    if not letter:
+        return False
+    truth = letter[1] or letter[2]
+    said = re.fullmatch(r"(?:(?:option|choice) )?\(?([A-Ja-j])(?:[).:](?:\s.*)?)?", answer.strip(), re.DOTALL | re.IGNORECASE)
+    if said:
+        return said[1].upper() == truth
+    listed = dict(re.findall(r"^\s*\(?([A-J])[).:]\s*(\S.*?)\s*$", example.question, re.MULTILINE))
+    return truth in listed and answers_match(answer, listed[truth])
 
 
 def answers_match(given: str, truth: str) -> bool:
@@ -259,6 +293,22 @@ def answers_match(given: str, truth: str) -> bool:
     given, truth = _bare(given), _bare(truth)
     numbers = _number(given), _number(truth)
     return numbers[0] == numbers[1] if None not in numbers else given == truth != ""
+
+
+def math_match(given: str, truth: str) -> bool:
+    """Also equal as mathematics, by `math-verify`: 2\\sqrt{3} is \\sqrt{12}.
+
+    Raises:
+        InputError: math-verify is not installed.
+    """
+    try:
+        from math_verify import parse, verify
+    except ImportError:
+        raise InputError("--verifier math needs math-verify: pip install 'math-verify[antlr4_13_2]'") from None
+    return answers_match(given, truth) or bool(verify(parse(f"${truth}$"), parse(f"${given}$")))
+
+
+VERIFIERS = {"words": answers_match, "math": math_match}
 
 
 def _bare(text: str) -> str:
@@ -289,19 +339,31 @@ def parse_facts(text: str) -> set[Fact]:
 # ------------------------------------------------------------------------------------------------------------ your data
 
 
-class JsonlTask:
-    """Examples from a JSON-lines file: one object a line with `image` (or `images`), `question` and `answer`.
+class OwnTask:
+    """Your own rows of images, question and answer, a tenth of the images held out.
 
-    Image paths are relative to the file. A tenth of the images is held out, chosen by a hash of their bytes: no image is
-    in both splits, under whatever name. Every image is decoded once at the start, so that a broken one is reported in the
-    first minute and not in the fifth hour.
+    The split goes by a hash of the images' bytes: no image is in both parts, under whatever name. Every image is decoded
+    once at the start, so that a broken one is reported in the first minute and not in the fifth hour.
     """
 
-    def __init__(self, path: str | Path, *, seed: int = 0, eval_only: bool = False):
-        self.path, self.seed = Path(path), seed
-        rows, digest = self._read(), {}
-        for name in {name for row in rows for name in row[0]}:
-            digest[name] = hashlib.sha256((self.path.parent / name).read_bytes()).hexdigest()
+    def __init__(self, name: str, rows: list[tuple], read, *, seed: int = 0, eval_only: bool = False):
+        """`rows` are (images, question, answer, source); `read` opens one of the `images` for reading bytes."""
+        self.name, self.seed, self.read = name, seed, read
+        if not rows:
+            raise InputError(f"--data {name}: has no rows")
+        digest = {}
+        for row in rows:
+            question, source = row[1], row[3]
+            if re.search(r"<\|(image|video)_pad\|>", question):
+                raise InputError(f"{source}: take the image placeholder out of the question; write <image> instead, or nothing")
+            if question.count(MARK) not in (0, len(row[0])):
+                raise InputError(f"{source}: {question.count(MARK)} {MARK} marks and {len(row[0])} images; give as many, or no mark")
+            if not answers_match(row[2], row[2]):
+                raise InputError(f"{source}: the answer {row[2]!r} is blank, so no response could be right")
+            self._load(row)
+            for image in row[0]:
+                with read(image) as file:
+                    digest[image] = hashlib.sha256(file.read()).hexdigest()
         parent = {d: d for d in digest.values()}  # images that share a row belong together
 
         def root(d):
@@ -310,17 +372,18 @@ class JsonlTask:
             return d
 
         for images, *_ in rows:
-            for name in images:
-                parent[root(digest[name])] = root(digest[images[0]])
+            for image in images:
+                parent[root(digest[image])] = root(digest[images[0]])
         roots = sorted({root(d) for d in parent})
         if len(roots) < 2 and not eval_only:
-            raise InputError(f"--data {self.path}: needs rows with at least two different images, one to hold out")
+            raise InputError(f"--data {name}: needs rows with at least two different images, one to hold out")
         held_out = set(roots[: max(1, len(roots) // 10)])
         self._eval = [row for row in rows if eval_only or root(digest[row[0][0]]) in held_out]
         self._train = [row for row in rows if root(digest[row[0][0]]) not in held_out]
 
     def train_batch(self, step: int, n: int) -> list[Example]:
         """Batch `step` of an endless stream: every epoch is a permutation of all rows, drawn from the seed."""
+
         def order(epoch):
             return np.random.default_rng((self.seed, epoch)).permutation(len(self._train))
 
@@ -332,51 +395,115 @@ class JsonlTask:
     def eval_set(self, n: int) -> list[Example]:
         return [self._load(row) for row in self._eval[:n]]
 
-    def _read(self) -> list[tuple[tuple[str, ...], str, str, int]]:
-        try:
-            lines = self.path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut at U+2028 inside a string
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--data {self.path}: cannot be read as UTF-8 text ({error})") from None
-        rows = []
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            source = f"{self.path}:{number}"
-            try:
-                row = json.loads(line)
-                images = row["images"] if "images" in row else [row["image"]]
-                question, answer = row["question"], row["answer"]
-                texts = [question, *images]
-                if not isinstance(images, list) or not images or not all(isinstance(t, str) and t.encode() for t in texts):
-                    raise TypeError
-                if isinstance(answer, list | dict | None):
-                    raise TypeError
-            except (ValueError, KeyError, TypeError, RecursionError):
-                wanted = "one JSON object with image (or a list of images), question and answer"
-                raise InputError(f"{source}: expected {wanted}, got {line[:60]!r}") from None
-            if re.search(r"<\|(image|video)_pad\|>", question):
-                raise InputError(f"{source}: take the image placeholder out of the question; images are added in front")
-            if not answers_match(str(answer), str(answer)):
-                raise InputError(f"{source}: the answer {answer!r} is blank, so no response could be right")
-            rows.append((tuple(images), question, str(answer), number))
-            self._load(rows[-1])
-        if not rows:
-            raise InputError(f"--data {self.path}: the file is empty; it needs one JSON object a line")
-        return rows
-
     def _load(self, row) -> Example:
-        images, question, answer, number = row
-        source = f"{self.path}:{number}"
-        return Example(tuple(open_image(self.path.parent / i, source) for i in images), question, answer, source=source)
+        images, question, answer, source = row
+        return Example(tuple(open_image(i, source, self.read) for i in images), question, answer, source=source)
 
 
-def open_image(path: Path, source: str) -> Image.Image:
-    """Decode an image to RGB, upright and over white where it is transparent, or raise InputError naming `source`."""
+def own_task(name: str | Path, *, seed: int = 0, eval_only: bool = False) -> OwnTask:
+    """Rows of a JSON-lines file, or with "hub:NAME[:SPLIT]" of a data set of the Hugging Face hub."""
+    name = str(name)
+    if name.startswith("hub:"):
+        rows, read = hub_rows(name)
+    else:
+        rows = jsonl_rows(Path(name))
+        read = lambda image: (Path(name).parent / image).open("rb")  # noqa: E731
+    return OwnTask(name, rows, read, seed=seed, eval_only=eval_only)
+
+
+def jsonl_rows(path: Path) -> list[tuple]:
+    """One object a line with `image` (or `images`: paths relative to the file), `question` and `answer`."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut at U+2028 inside a string
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--data {path}: cannot be read as UTF-8 text ({error})") from None
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        source = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+            images = row["images"] if "images" in row else [row["image"]]
+            question, answer = row["question"], row["answer"]
+            texts = [question, *images]
+            if not isinstance(images, list) or not images or not all(isinstance(t, str) and t.encode() for t in texts):
+                raise TypeError
+            if isinstance(answer, list | dict | None):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, RecursionError):
+            wanted = "one JSON object with image (or a list of images), question and answer"
+            raise InputError(f"{source}: expected {wanted}, got {line[:60]!r}") from None
+        rows.append((tuple(images), question, str(answer), source))
+    if not rows:
+        raise InputError(f"--data {path}: the file is empty; it needs one JSON object a line")
+    return rows
+
+
+def hub_rows(name: str):
+    """Rows of a data set, and what opens their images. "hub:NAME[:SPLIT]": NAME on the hub, or a folder that `datasets` wrote.
+
+    Columns may have the names in use: image or images; problem or question; answer or solution. Of a worked solution
+    the last \\boxed{...}, or what stands between <answer> tags, is the answer.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise InputError(f"--data {name} needs datasets: pip install datasets") from None
+    place, split = (name.removeprefix("hub:").split(":") + ["train"])[:2]
+    try:
+        if Path(place).is_dir() and any((Path(place) / f).exists() for f in ("state.json", "dataset_dict.json")):
+            rows = datasets.load_from_disk(place)
+            rows = rows[split] if isinstance(rows, datasets.DatasetDict) else rows
+        else:
+            rows = datasets.load_dataset(place, split=split)
+    except Exception as error:  # not found, no such split, no network ...
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"--data {name}: cannot be loaded as hub:NAME:SPLIT ({first[:200]})") from None
+
+    def column(*names):
+        found = [n for n in names if n in rows.column_names]
+        if not found:
+            raise InputError(f"--data {name}: has no column {' or '.join(names)}, only {', '.join(rows.column_names)}")
+        return found[0]
+
+    seen, asked, told = column("images", "image"), column("problem", "question"), column("answer", "solution")
+    kind = rows.features[seen]
+    if isinstance(kind, datasets.Image):  # keep the bytes: they are decoded when a row's turn comes
+        rows = rows.cast_column(seen, datasets.Image(decode=False))
+    elif isinstance(getattr(kind, "feature", None), datasets.Image):
+        rows = rows.cast_column(seen, type(kind)(datasets.Image(decode=False)))
+
+    def read(image):
+        row, i = image
+        value = rows[row][seen]
+        value = value[i] if isinstance(value, list) else value
+        if isinstance(value, dict) and value.get("bytes"):
+            return io.BytesIO(value["bytes"])
+        return open(value["path"] if isinstance(value, dict) else value, "rb")
+
+    found = []
+    for number, row in enumerate(rows.remove_columns([c for c in rows.column_names if c not in (seen, asked, told)])):
+        images = row[seen] if isinstance(row[seen], list) else [row[seen]]
+        source, answer = f"{name} row {number}", str(row[told] if row[told] is not None else "")
+        if not images or None in images or not isinstance(row[asked], str):
+            raise InputError(f"{source}: expected an image in {seen} and text in {asked}")
+        answer = unboxed(answer.split("<answer>")[-1].split("</answer>")[0])
+        found.append((tuple((number, i) for i in range(len(images))), row[asked], answer, source))
+    return found, read
+
+
+def open_image(path, source: str, read=lambda path: open(path, "rb")) -> Image.Image:
+    """Decode an image, which `read(path)` opens, to RGB, upright and over white where it is transparent.
+
+    Raises:
+        InputError: naming `source`, when it is not there or cannot be decoded.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is checked below
-            image = Image.open(path)
-        with image:
+            image = Image.open(file := read(path))
+        with file, image:
             limit = Image.MAX_IMAGE_PIXELS or float("inf")
             if image.width * image.height > limit:
                 raise InputError(f"{source}: image {path} has {image.width}x{image.height} pixels, over {limit}; shrink it")

@@ -40,7 +40,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.utils import cached_file
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
-from data import CELLS, COLORS, SHAPES, Example, InputError
+from data import CELLS, COLORS, MARK, SHAPES, Example, InputError
 from srpo import Tags, text_and_offsets, token_bytes
 
 TAGS = Tags()
@@ -155,7 +155,10 @@ class Policy:
         question = example.question
         if self.instruction:
             question = "\n".join(part for part in (question, example.hint, self.instruction) if part)
-        content = [{"type": "image"}] * len(grid) + [{"type": "text", "text": question}]
+        image, pieces = {"type": "image"}, question.split(MARK)
+        content = [image] * (len(grid) if len(pieces) == 1 else 0)  # in front, unless the question marks their places
+        for i, piece in enumerate(pieces):
+            content += [image] * (i > 0) + [{"type": "text", "text": piece}] * bool(piece)
         text = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )

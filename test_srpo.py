@@ -500,7 +500,7 @@ def jsonl(tmp_path):
 
 
 def test_your_own_data(jsonl):
-    task = data.JsonlTask(jsonl(json.dumps({"images": ["2.png", "3.png"], "question": "Same?", "answer": "no"})), seed=1)
+    task = data.own_task(jsonl(json.dumps({"images": ["2.png", "3.png"], "question": "Same?", "answer": "no"})), seed=1)
     seen = [e.source for step in range(6) for e in task.train_batch(step, 3)]
     held_out = {e.source for e in task.eval_set(9)}
     assert held_out and not held_out & set(seen)
@@ -508,21 +508,79 @@ def test_your_own_data(jsonl):
     assert rows == len(set(e.source for e in task.train_batch(0, rows)))  # one epoch sees every row once
     assert [e.source for e in task.train_batch(4, 3)] == seen[12:15]
     assert max(len(e.images) for e in task.train_batch(0, rows) + task.eval_set(9)) == 2
-    everything = data.JsonlTask(task.path, eval_only=True).eval_set(99)
+    everything = data.own_task(task.name, eval_only=True).eval_set(99)
     assert len(everything) == 20
-    folder = task.path.parent
+    folder = Path(task.name).parent
     (folder / "copy.png").write_bytes((folder / "0.png").read_bytes())  # the same image by other names stays in one split
     rows = [json.dumps({"image": name, "question": "q\u2028?", "answer": True}, ensure_ascii=False) for name in
             ("0.png", "./0.png", "copy.png", *(f"{i}.png" for i in range(1, 10)))]  # fmt: skip
-    task = data.JsonlTask(jsonl(lines=["\ufeff" + rows[0], *rows[1:]]))
+    task = data.own_task(jsonl(lines=["\ufeff" + rows[0], *rows[1:]]))
     pixels = lambda examples: {e.images[0].tobytes() for e in examples}  # noqa: E731
     assert len(pixels(task.eval_set(99))) == 1 and not pixels(task.eval_set(99)) & pixels(task.train_batch(0, 30))
     deep = Image.fromarray((np.arange(64, dtype=np.uint16) * 1000).reshape(8, 8))
     deep.save(folder / "deep.png")
     assert len(set(data.open_image(folder / "deep.png", "x").getchannel(0).tobytes())) > 50
     clear = Image.new("RGBA", (9, 9), (0, 0, 0, 0))
-    clear.save(task.path.parent / "clear.png")
-    assert data.open_image(task.path.parent / "clear.png", "x").getpixel((0, 0)) == (255, 255, 255)
+    clear.save(folder / "clear.png")
+    assert data.open_image(folder / "clear.png", "x").getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    ("answer", "question", "given", "right"),
+    [
+        ("B", "Which?", "(b)", True),
+        ("B", "Which?", "B. 12 cm", True),
+        ("B", "Which?", "option B", True),
+        ("B", "Which?\nA. 10 cm\nB. 12 cm", "12 cm", True),
+        ("B", "Which?\nA. 10 cm\nB. 12 cm", "10 cm", False),
+        ("B. 12 cm", "Which?", "B", True),
+        ("B", "Which?", "Blue", False),
+        ("B", "Which?", "A. B is wrong", False),
+        ("12", "Which?", r"so \boxed{12}", True),
+        ("12", "Which?", r"\boxed{\frac{1}{2}} or \boxed{12", False),
+        (r"\frac{1}{2}", "Which?", r"\boxed{\frac{1}{2}}", True),
+    ],
+)
+def test_multiple_choice_and_boxed_answers(answer, question, given, right):
+    text = data.respond("a", "b", given)
+    assert data.verify(text, data.Example((), question, answer)).accuracy == float(right)
+
+
+def test_math_verify_is_asked_when_it_is_wanted():
+    example = data.Example((), "?", r"\sqrt{12}")
+    text = data.respond("a", "b", r"$2\sqrt{3}$")
+    assert data.verify(text, example).accuracy == 0
+    try:
+        assert data.verify(text, example, match=data.math_match).accuracy == 1
+        assert data.verify(text.replace("3", "5"), example, match=data.math_match).accuracy == 0
+    except data.InputError as error:
+        assert "pip install 'math-verify" in str(error)
+
+
+def test_data_sets_of_the_hub(tmp_path, capsys, policy, cache):
+    datasets = pytest.importorskip("datasets", reason="pip install datasets")
+    pictures = [Image.new("RGB", (56, 56), (20 * i, 0, 0)) for i in range(12)]
+    one = {"image": pictures, "problem": ["Is it <image>red?"] * 12, "answer": [str(i) for i in range(12)]}
+    many = {"images": [[p, p] for p in pictures], "question": ["Same?"] * 12, "solution": [r"I see. \boxed{yes}"] * 12}
+    features = datasets.Features({"images": datasets.List(datasets.Image()), "question": datasets.Value("string"), "solution": datasets.Value("string")})
+    datasets.DatasetDict({"test": datasets.Dataset.from_dict(one).cast_column("image", datasets.Image())}).save_to_disk(str(tmp_path / "one"))
+    datasets.Dataset.from_dict(many, features=features).save_to_disk(str(tmp_path / "many"))
+    task = data.own_task(f"hub:{tmp_path / 'one'}:test")
+    examples = task.train_batch(0, 11) + task.eval_set(9)
+    assert {e.answer for e in examples} == {str(i) for i in range(12)} and examples[0].source.endswith(f"row {examples[0].answer}")
+    assert all(e.images[0].getpixel((5, 5))[0] == 20 * int(e.answer) for e in examples)
+    ids = policy.encode(examples[:1]).ids[0].tolist()  # the image stands where the question marks it
+    red, image = policy.tokenizer("red?", add_special_tokens=False)["input_ids"][0], policy.image_token
+    before = ids[: ids.index(image)]
+    assert len(before) > 4 and red in ids[ids.index(image) :] and red not in before
+    task = data.own_task(f"hub:{tmp_path / 'many'}")
+    assert {(len(e.images), e.answer) for e in task.train_batch(0, 11)} == {(2, "yes")}
+    for name, said in ((f"hub:{tmp_path / 'one'}", "cannot be loaded"), (f"hub:{tmp_path / 'none'}", "cannot be loaded")):
+        assert train.main(["--data", name, "--model", "tiny", "--cache", cache, "--out", str(tmp_path / "run")]) == 2
+        assert f"error: --data {name}: {said}" in capsys.readouterr().err
+    datasets.Dataset.from_dict({"image": ["a.png"], "answer": ["1"]}).save_to_disk(str(tmp_path / "bare"))
+    with pytest.raises(data.InputError, match="no column problem or question, only image, answer"):
+        data.own_task(f"hub:{tmp_path / 'bare'}")
 
 
 # ---------------------------------------------------------------------------------------------------------- the policy

@@ -32,7 +32,7 @@ from tqdm import tqdm
 import data
 import model
 from corrupt import CORRUPTIONS, corrupt
-from data import DrawnTask, InputError, JsonlTask, demonstrate, verify
+from data import VERIFIERS, DrawnTask, InputError, demonstrate, own_task, verify
 from srpo import (
     Role,
     contrast_scores,
@@ -60,7 +60,7 @@ DEFAULTS = {
 
 
 def train(args: argparse.Namespace, out: Path) -> None:
-    task = JsonlTask(args.data, seed=args.seed) if args.data else drawn_task(args)
+    task = own_task(args.data, seed=args.seed) if args.data else drawn_task(args)
     if args.data and args.model == "tiny":
         print("note: the tiny model knows only the words of the drawn tasks; give --model for your own data")
     policy, reference, optimizer, start = prepare(args, out)
@@ -70,7 +70,7 @@ def train(args: argparse.Namespace, out: Path) -> None:
     if start == 0:
         write(metrics, {"step": 0, "eval": evaluate(policy, held_out, args)[0]})
 
-    contrasts, checked = args.algo == "srpo" and args.lam > 0, False
+    contrasts, match, checked = args.algo == "srpo" and args.lam > 0, VERIFIERS[args.verifier], False
     bar = tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, desc=args.algo, disable=None)
     for step in bar:
         clock = [time.perf_counter()]
@@ -92,7 +92,8 @@ def train(args: argparse.Namespace, out: Path) -> None:
 
         # Verify, and compare within the group. Without a spread of rewards A = 0: nothing to score, nothing to learn.
         responses = policy.decode(rollout)
-        verdicts = [verify(text, examples[i]) for (text, _), i in zip(responses, rollout.prompt.tolist(), strict=True)]
+        asked = [examples[i] for i in rollout.prompt.tolist()]
+        verdicts = [verify(text, example, match=match) for (text, _), example in zip(responses, asked, strict=True)]
         A = group_advantages([v.reward for v in verdicts], args.group_size).to(mask.device)  # [B], Eq. (1)
         used = torch.arange(len(A), device=mask.device) if args.kl_coef else A.nonzero()[:, 0]
         batches = micro_batches(rollout, used, prompts.ids.shape[1], args.micro_batch)
@@ -259,7 +260,8 @@ def evaluate(policy, examples, args, batch: int = 64) -> tuple[dict, list[str]]:
             prompts, 1, max_new_tokens=args.max_new_tokens, temperature=args.temperature, generator=rng
         )
         texts += [text for text, _ in policy.decode(rollout)]
-    verdicts = [verify(text, example) for text, example in zip(texts, examples, strict=True)]
+    match = VERIFIERS[args.verifier]
+    verdicts = [verify(text, example, match=match) for text, example in zip(texts, examples, strict=True)]
     return averages(verdicts) | {"n": len(examples)}, texts
 
 
@@ -287,7 +289,7 @@ def peak_memory(device: str) -> float:
 
 def show_samples(policy, examples, args) -> None:
     for example, text in zip(examples, evaluate(policy, examples, args)[1], strict=True):
-        verdict = "right" if verify(text, example).accuracy else "wrong"
+        verdict = "right" if verify(text, example, match=VERIFIERS[args.verifier]).accuracy else "wrong"
         print(f"\n{example.question}  (answer: {example.answer}; the response is {verdict})\n{text}")
 
 
@@ -461,7 +463,8 @@ def build_parser() -> Parser:
     count, positive, share = number(int, 1), number(float, 0, above=True), number(float, 0, 1)
     auto = {name: f"(default for tiny: {tiny}, else {other})" for name, (tiny, other) in DEFAULTS.items()}
     add("--model", default="tiny", help="tiny, a folder, or a hub name such as Qwen/Qwen2-VL-2B-Instruct")
-    add("--data", metavar="FILE", help="JSON lines with image or images, question, answer; by default a drawn task")
+    add("--data", metavar="FILE", help="JSON lines with image or images, question, answer, or hub:NAME[:SPLIT]; by default a drawn task")
+    add("--verifier", default="words", choices=VERIFIERS, help="how answers are compared; math needs: pip install 'math-verify[antlr4_13_2]'")
     add("--task", default="count", choices=data.TASKS, help="which drawn task")
     add("--algo", default="srpo", choices=("srpo", "grpo"), help="grpo gives every token of a response the same advantage")
     add("--steps", type=number(int, 0), default=None, help=f"optimizer steps {auto['steps']}")
@@ -588,7 +591,7 @@ def main(argv: list[str] | None = None) -> int:
         if not args.eval_only:
             train(args, out)
         else:
-            task = JsonlTask(args.data, eval_only=True) if args.data else drawn_task(args)
+            task = own_task(args.data, eval_only=True) if args.data else drawn_task(args)
             held_out = task.eval_set(args.eval_size)
             policy, _, _, step = prepare(args, out)
             result = {"step": step, "eval": evaluate(policy, held_out, args)[0]}
