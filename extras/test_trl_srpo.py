@@ -201,6 +201,33 @@ def test_two_processes_are_one(folder, tmp_path, batch):
     torch.testing.assert_close(torch.tensor(result[1]["weights"]), torch.tensor(result[2]["weights"]), rtol=1e-4, atol=1e-6)
 
 
+def test_the_readmes_blocks_run_on_a_copy(folder, tmp_path, monkeypatch, capsys):
+    section = README[README.index("## Use it in TRL") : README.index("## Results")]
+    project = tmp_path / "my_project"
+    for line in re.findall(r"^cp .*$", section, re.MULTILINE):
+        target = line.split(" && ")[0].split()[-1]
+        (tmp_path / target).mkdir(exist_ok=True)
+        subprocess.run(line.split(" && ")[0].replace(target, str(tmp_path / target)), shell=True, check=True, cwd=HERE.parent)
+        assert filecmp.cmp(HERE.parent / "srpo.py", tmp_path / target / "srpo.py", shallow=False)
+    assert {p.name for p in project.iterdir()} == {"srpo.py", "trl_srpo.py", "verl_srpo.py"}
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", "import trl_srpo"], cwd=project, env=env, check=True)  # the two files are enough
+
+    for i in range(4):
+        data.DrawnTask("count").train_batch(i, 1)[0].images[0].save(tmp_path / f"{i}.png")
+    rows = [{"image": str(tmp_path / f"{i}.png"), "question": "How many red?", "answer": "1"} for i in range(4)]
+    (tmp_path / "my.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    block = next(b for b in re.findall(r"```python\n(.*?)```", section, re.DOTALL) if "SRPOTrainer" in b)
+    assert "Qwen/Qwen2-VL-2B-Instruct" in block
+    small = {"use_cpu": True, "bf16": False, "max_steps": 1, "max_completion_length": 8, "report_to": [], "save_strategy": "no"}
+    monkeypatch.setattr("trl.GRPOConfig", lambda *a, **k: GRPOConfig(*a, **k | small))
+    processor = processor_for(model.load(folder))
+    monkeypatch.setattr("trl.trainer.grpo_trainer.AutoProcessor.from_pretrained", lambda *_, **__: processor)  # needs torchvision
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block.replace("Qwen/Qwen2-VL-2B-Instruct", folder), "README.md", "exec"), {})
+    assert "srpo/weight_perception" in capsys.readouterr().out
+
+
 if __name__ == "__main__":  # one of the processes of the test above
     folder, out, per_device = sys.argv[1:]
     logs, trainer = trained(ScriptedSRPO, folder, out, batch=int(per_device))

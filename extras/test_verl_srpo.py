@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -173,3 +174,15 @@ def test_verl_finds_the_trainer_by_its_name():
     env = os.environ | {"PYTHONPATH": path, "VERL_USE_EXTERNAL_MODULES": "verl_srpo"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.stdout.split() == ["verl_srpo"], done.stderr[-2000:]
+
+
+def test_verl_takes_the_readmes_options():
+    """Every option of the README's command exists in verl's own configuration."""
+    from hydra import compose, initialize_config_module
+
+    readme = (HERE.parent / "README.md").read_text(encoding="utf-8")
+    command = re.search(r"python -m verl\.trainer\.main_ppo \\\n(.*?)```", readme, re.DOTALL)[1]
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", overrides=command.replace("\\\n", " ").split())
+    assert config.trainer.use_v1 and config.trainer.v1.trainer_mode == "srpo" and config.trainer.srpo.lam == 1.0
+    assert config.actor_rollout_ref.rollout.n == 8 and config.algorithm.rollout_correction.bypass_mode is False
