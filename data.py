@@ -296,7 +296,9 @@ def answers_match(given: str, truth: str) -> bool:
 
 
 def math_match(given: str, truth: str) -> bool:
-    """Also equal as mathematics, by `math-verify`: 2\\sqrt{3} is \\sqrt{12}.
+    """Also equal as mathematics, by `math-verify`: 2\\sqrt{3} is \\sqrt{12}, and, as it leaves out units, 12 m is 12 cm.
+
+    It reads words as products of letters, so it is asked only where the true answer holds a digit or a command.
 
     Raises:
         InputError: math-verify is not installed.
@@ -305,7 +307,8 @@ def math_match(given: str, truth: str) -> bool:
         from math_verify import parse, verify
     except ImportError:
         raise InputError("--verifier math needs math-verify: pip install 'math-verify[antlr4_13_2]'") from None
-    return answers_match(given, truth) or bool(verify(parse(f"${truth}$"), parse(f"${given}$")))
+    formula = re.search(r"\d|\\", truth) is not None
+    return answers_match(given, truth) or (formula and bool(verify(parse(f"${truth}$"), parse(f"${given}$"))))
 
 
 VERIFIERS = {"words": answers_match, "math": math_match}
@@ -434,7 +437,7 @@ def jsonl_rows(path: Path) -> list[tuple]:
         except (ValueError, KeyError, TypeError, RecursionError):
             wanted = "one JSON object with image (or a list of images), question and answer"
             raise InputError(f"{source}: expected {wanted}, got {line[:60]!r}") from None
-        rows.append((tuple(images), question, str(answer), source))
+        rows.append((tuple(images), question, unboxed(str(answer)), source))
     if not rows:
         raise InputError(f"--data {path}: the file is empty; it needs one JSON object a line")
     return rows
@@ -450,7 +453,8 @@ def hub_rows(name: str):
         import datasets
     except ImportError:
         raise InputError(f"--data {name} needs datasets: pip install datasets") from None
-    place, split = (name.removeprefix("hub:").split(":") + ["train"])[:2]
+    place, _, split = name.removeprefix("hub:").partition(":")
+    split = split or "train"
     try:
         if Path(place).is_dir() and any((Path(place) / f).exists() for f in ("state.json", "dataset_dict.json")):
             rows = datasets.load_from_disk(place)
@@ -485,9 +489,12 @@ def hub_rows(name: str):
     found = []
     for number, row in enumerate(rows.remove_columns([c for c in rows.column_names if c not in (seen, asked, told)])):
         images = row[seen] if isinstance(row[seen], list) else [row[seen]]
-        source, answer = f"{name} row {number}", str(row[told] if row[told] is not None else "")
-        if not images or None in images or not isinstance(row[asked], str):
-            raise InputError(f"{source}: expected an image in {seen} and text in {asked}")
+        source, answer = f"{name} row {number}", row[told]
+        if not images or None in images or not isinstance(row[asked], str) or isinstance(answer, list | dict | None):
+            raise InputError(f"{source}: expected an image in {seen}, text in {asked} and one answer in {told}")
+        answer = str(answer)
+        if told == "solution" and len(answer.split()) > 5 and "\\boxed{" not in answer and "<answer>" not in answer:
+            raise InputError(f"{source}: the solution has no \\boxed{{...}} and no <answer>, so it cannot be told what is right")
         answer = unboxed(answer.split("<answer>")[-1].split("</answer>")[0])
         found.append((tuple((number, i) for i in range(len(images))), row[asked], answer, source))
     return found, read

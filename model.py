@@ -209,6 +209,8 @@ class Policy:
                     past_key_values=cache,
                     use_cache=True,
                 ).last_hidden_state[:, -1]
+        if not logp.isfinite().all():
+            raise InputError("the policy has diverged: its log-probs are not finite; start again with a lower --lr")
         T = int(mask.sum(1).max())
         return Rollout(ids[:, :T], mask[:, :T], logp[:, :T], which, read)
 

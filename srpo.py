@@ -21,7 +21,6 @@ it whole: it needs torch and nothing else. [B, T] stands for responses x respons
 a response token, so index t of a log-prob is log pi(o_t | everything before o_t), already shifted.
 """
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -373,9 +372,14 @@ def corrupt_patches(patches: Tensor, p: float, seed: int) -> Tensor:
         seed: another one in every training step.
     Returns:
         [patches, channels * pixels], a new tensor.
+    Raises:
+        ValueError: p is not a share.
     """
-    content = patches.detach().float().cpu().numpy().tobytes() + seed.to_bytes(8, "big")
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(content).digest()[:7], "big"))
+    if not 0 <= p <= 1:
+        raise ValueError(f"p must lie in [0, 1], got {p}")
+    bits = patches.detach().float().contiguous().view(torch.int32).flatten().long()
+    digest = (bits * (torch.arange(len(bits), device=bits.device) * 2654435761 + 1)).sum().item()  # of the image, modulo 2^64
+    generator = torch.Generator().manual_seed((digest + seed * 1000003) % 2**63)
     hit = torch.zeros(len(patches), 1, dtype=torch.bool)
     hit[torch.randperm(len(patches), generator=generator)[: round(p * len(patches))]] = True
     channels = patches.reshape(len(patches), 3, -1)

@@ -19,6 +19,7 @@ from PIL import Image
 
 import data
 import model
+import srpo
 import train
 from corrupt import CORRUPTIONS, corrupt
 from srpo import (
@@ -396,6 +397,49 @@ def test_readme_code_and_table(batch):
     assert set(logged) >= {*train.VERDICTS, "loss", "grad_norm", "clip_frac", "entropy", "kl", "used_groups", "sec_score"}
 
 
+# ------------------------------------------------------------------------------------------------------- the open choices
+
+
+def test_role_balanced_baseline_and_flip_by_hand():
+    scores = torch.tensor([[0.4, 0.0, 0.2, 0.4, 0.6, 0.0]], dtype=torch.float64)
+    roles = torch.tensor([[P, P, R, R, R, O]])
+    assert srpo.shared_baseline(scores, roles).item() == pytest.approx(1.6 / 5)
+    assert srpo.shared_baseline(scores, roles, role_balanced=True).item() == pytest.approx((0.2 + 0.4) / 2)
+    w = srpo.token_weights(scores, roles, role_balanced=True, normalize=False)
+    torch.testing.assert_close(w[0, :5], (scores[0, :5] - 0.3).exp())
+    both = torch.cat([scores, scores])
+    flipped = srpo.token_weights(both, roles.expand(2, -1), flip=torch.tensor([False, True]))
+    torch.testing.assert_close(flipped[:1], srpo.token_weights(scores, roles))
+    torch.testing.assert_close(flipped[1:], srpo.token_weights(-scores, roles))
+
+
+def test_the_answer_may_be_reasoning():
+    pieces = [b"<perception>", b"a", b"</perception>", b"<reasoning>", b"b", b"</reasoning>", b"<answer>", b"c", b"</answer>"]
+    text, offsets = srpo.text_and_offsets(pieces)
+    assert srpo.token_roles(text, offsets).tolist() == [O, P, O, O, R, O, O, O, O]
+    assert srpo.token_roles(text, offsets, answer_is_reasoning=True).tolist() == [O, P, O, O, R, O, O, R, O]
+
+
+def test_corrupted_patches_are_a_share_in_the_mean_color():
+    image = torch.rand(20, 3 * 2 * 16)
+    out = srpo.corrupt_patches(image, 0.6, seed=1)
+    changed = (out != image).any(1)
+    assert changed.sum() == 12 and torch.equal(out[~changed], image[~changed])
+    color = image.view(20, 3, -1).mean((0, 2))
+    torch.testing.assert_close(out[changed].view(12, 3, -1), color[None, :, None].expand(12, 3, 32))
+    assert torch.equal(out, srpo.corrupt_patches(image.clone(), 0.6, seed=1))
+    assert not torch.equal(out, srpo.corrupt_patches(image, 0.6, seed=2))
+    assert torch.equal(srpo.corrupt_patches(image, 0.0, seed=1), image) and (srpo.corrupt_patches(image, 1.0, seed=1) != image).any(1).all()
+    with pytest.raises(ValueError, match="p must lie"):
+        srpo.corrupt_patches(image, 60, seed=1)
+
+
+def test_bytes_of_tokens():
+    assert srpo.token_bytes("Ġb2") == b" b2" and srpo.token_bytes("ÃĹĊ") == "\u00d7\n".encode()
+    with pytest.raises(ValueError, match="not byte-level"):
+        srpo.token_bytes("\u2581b2")
+
+
 # ---------------------------------------------------------------------------------------------------- images and tasks
 
 
@@ -500,6 +544,8 @@ def jsonl(tmp_path):
 
 
 def test_your_own_data(jsonl):
+    boxed = data.own_task(jsonl(json.dumps({"image": "2.png", "question": "?", "answer": r"\\boxed{12}"})), eval_only=True)
+    assert "12" in {e.answer for e in boxed.eval_set(99)}
     task = data.own_task(jsonl(json.dumps({"images": ["2.png", "3.png"], "question": "Same?", "answer": "no"})), seed=1)
     seen = [e.source for step in range(6) for e in task.train_batch(step, 3)]
     held_out = {e.source for e in task.eval_set(9)}
@@ -546,15 +592,16 @@ def test_multiple_choice_and_boxed_answers(answer, question, given, right):
     assert data.verify(text, data.Example((), question, answer)).accuracy == float(right)
 
 
-def test_math_verify_is_asked_when_it_is_wanted():
-    example = data.Example((), "?", r"\sqrt{12}")
-    text = data.respond("a", "b", r"$2\sqrt{3}$")
-    assert data.verify(text, example).accuracy == 0
-    try:
-        assert data.verify(text, example, match=data.math_match).accuracy == 1
-        assert data.verify(text.replace("3", "5"), example, match=data.math_match).accuracy == 0
-    except data.InputError as error:
-        assert "pip install 'math-verify" in str(error)
+def test_math_verify_is_asked_when_it_is_wanted(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    assert train.main(["--verifier", "math"]) == 2 and "pip install 'math-verify" in capsys.readouterr().err
+    monkeypatch.undo()
+    pytest.importorskip("math_verify", reason="pip install 'math-verify[antlr4_13_2]'")
+    example, text = data.Example((), "?", r"\sqrt{12}"), data.respond("a", "b", r"$2\sqrt{3}$")
+    assert data.verify(text, example).accuracy == 0 and data.verify(text, example, match=data.math_match).accuracy == 1
+    assert data.verify(text.replace("3", "5"), example, match=data.math_match).accuracy == 0
+    for given, truth in (("act", "cat"), ("no", "on"), ("lube", "blue")):  # to math-verify products of the same letters
+        assert not data.math_match(given, truth)
 
 
 def test_data_sets_of_the_hub(tmp_path, capsys, policy, cache):
@@ -581,6 +628,12 @@ def test_data_sets_of_the_hub(tmp_path, capsys, policy, cache):
     datasets.Dataset.from_dict({"image": ["a.png"], "answer": ["1"]}).save_to_disk(str(tmp_path / "bare"))
     with pytest.raises(data.InputError, match="no column problem or question, only image, answer"):
         data.own_task(f"hub:{tmp_path / 'bare'}")
+    told = {"image": pictures, "question": ["Same?"] * 12, "solution": ["They have the same color, so yes."] * 12}
+    for name, column in (("solution", told["solution"]), ("answer", [["yes", "yeah"]] * 12)):
+        rows = datasets.Dataset.from_dict({"image": pictures, "question": ["Same?"] * 12, name: column})
+        rows.cast_column("image", datasets.Image()).save_to_disk(str(tmp_path / f"bad-{name}"))
+        with pytest.raises(data.InputError, match=f"bad-{name} row 0: "):
+            data.own_task(f"hub:{tmp_path / f'bad-{name}'}")
 
 
 # ---------------------------------------------------------------------------------------------------------- the policy
@@ -652,6 +705,14 @@ def test_micro_batches_keep_groups_together_and_stay_within_the_budget(scored):
     assert all(30 * len(set(prompt[b].tolist())) + len(b) * lengths[b].max() <= 400 for b in batches)
     assert [len(b) for b in train.micro_batches(rollout, used[:5], 30, 1)] == [1] * 5
     assert train.micro_batches(rollout, used[:0], 30, 400) == []
+
+
+def test_draws_have_the_given_probabilities():
+    p = torch.tensor([[0.0, 0.5, 0.0, 0.3, 0.2, 0.0]]).expand(20000, -1)
+    drawn = model.draw(p, torch.Generator().manual_seed(0))
+    assert drawn.shape == (20000, 1)
+    torch.testing.assert_close(drawn.flatten().bincount(minlength=6) / 20000, p[0], atol=0.015, rtol=0)
+    assert set(drawn.flatten().tolist()) == {1, 3, 4}  # never what has no probability, at either end or between
 
 
 def test_placeholders_and_unknown_ids_are_neither_sampled_nor_counted(policy):
@@ -886,6 +947,32 @@ def complaint(capsys, *argv):
     stderr = capsys.readouterr().err
     assert code == 2 and stderr.startswith("error: ") and stderr.count("\n") == 1, (code, stderr)
     return stderr
+
+
+def test_every_open_choice_changes_a_step_and_groups_are_kept(cache, tmp_path):
+    """Each switch of the ledger reaches the update; what is kept of a group is what the step computed."""
+    base = [*QUICK, "--cache", cache, "--steps", "2", "--prompts", "8", "--eval-size", "2", "--save-every", "0"]
+    norms = {}
+    for switch in ("", "--role-balanced", "--sign-aware", "--no-renormalization", "--answer-is-reasoning", "--corrupt-both", "--w-max 1.1"):
+        out = tmp_path / (switch or "default").split()[0]
+        assert train.main([*base, *switch.split(), "--out", str(out)]) == 0
+        norms[switch] = train.read_log(out)[1]["grad_norm"]
+    assert len(set(norms.values())) == len(norms)
+    groups = train.read_log(tmp_path / "default", "samples.jsonl")
+    assert groups and {g["step"] for g in groups} == {1}
+    for response in (r for g in groups for r in g["responses"] if r["delta"] and set(r["roles"]) == {0, 1, 2}):
+        delta, roles = torch.tensor([response["delta"]]), torch.tensor([response["roles"]])
+        w = srpo.token_weights(delta, roles)
+        torch.testing.assert_close(torch.tensor([response["weights"]]), w, atol=1e-3, rtol=0)
+        torch.testing.assert_close(torch.tensor([response["advantages"]]), response["advantage"] * w, atol=3e-3, rtol=0)
+        assert response["baseline"] == pytest.approx(srpo.shared_baseline(delta, roles).item(), abs=1e-3)
+        assert len(response["offsets"]) in (len(response["roles"]), len(response["roles"]) - 1)
+
+
+def test_a_diverged_policy_is_reported(cache, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(model.Policy, "_log_softmax", lambda self, hidden, _: torch.full((len(hidden), 50), float("nan")))
+    assert train.main([*QUICK, "--cache", cache, "--out", str(tmp_path / "run")]) == 2
+    assert "error: the policy has diverged" in capsys.readouterr().err
 
 
 def test_bad_options(capsys, tmp_path, policy, cache):

@@ -190,6 +190,7 @@ def train(args: argparse.Namespace, out: Path) -> None:
                     {"text": responses[b][0], "offsets": responses[b][1], **asdict(verdicts[b])}
                     | {name: round(x[b].item(), 4) for name, x in numbers.items()}
                     | {name: [round(v, 4) for v in x[b][mask[b]].tolist()] for name, x in tokens.items()}
+                    | ({} if contrasts and A[b] != 0 else {"delta": None, "baseline": None})  # not measured
                     for b in rows
                 ]
                 write(samples, {"step": step, **as_shown(examples[g], policy, corrupted), "responses": group})
@@ -442,7 +443,7 @@ def rewind(out: Path) -> None:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"error: {message} (train.py --help lists the options)\n")
+        self.exit(2, f"error: {message} ({self.prog} --help lists the options)\n")
 
 
 def number(kind, low, high=float("inf"), above=False):
@@ -537,6 +538,8 @@ def parse_options(argv: list[str] | None) -> tuple[argparse.Namespace, Path | No
         raise InputError("--train-vision: not with --lora, whose adapters leave the vision tower frozen; drop one of them")
     if args.w_min > args.w_max:
         raise InputError(f"--w-min {args.w_min:g}: above --w-max {args.w_max:g}")
+    if args.verifier == "math":
+        VERIFIERS["math"]("1", "1")  # now, and not after the first batch, if it is not installed
     if args.merge_lora and not args.lora:
         raise InputError("--merge-lora: there is nothing to merge without --lora RANK")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -268,6 +268,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--one", nargs=3, metavar=("CONDITION", "SHAPE", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.steps <= WARMUP:
+        parser.error(f"--steps must be above {WARMUP}, which warm up")
     if args.one:
         condition, shape, folder = args.one
         special = {"trl-grpo": run_trl, "generate": run_generate}
@@ -324,8 +326,7 @@ def measure(args, shape: str, folder: str) -> dict[str, dict]:
             command += ["--steps", str(args.steps), "--device", args.device]
             done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_WAIT_POLICY": "passive"})
             if done.returncode:
-                print(f"{condition} failed: {done.stderr.strip().splitlines()[-1:]}")
-                continue
+                sys.exit(f"{condition} failed: {done.stderr.strip().splitlines()[-1:]}")
             found = json.loads(done.stdout.split("RESULT ")[1])
             kept = results.setdefault(condition, {"phases": [], "tokens": [], "peak": 0.0})
             kept["phases"] += found["phases"]

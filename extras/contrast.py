@@ -112,16 +112,29 @@ def measure(policy, examples, args, kind: str, masks: int) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = train.build_parser()  # its --task, --seed, --tau, --corruption-p and --cache
-    parser.description = __doc__.splitlines()[0]
+    parser = train.Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    defaults = train.build_parser()
+    parser.add_argument("--model", default="tiny", help="tiny after its warm-up, or the folder of a checkpoint of it")
+    parser.add_argument("--task", default="count", choices=train.data.TASKS, help="which drawn task")
+    parser.add_argument("--seed", type=int, default=0, help="of the model, the questions, the responses and the corruptions")
+    parser.add_argument("--prompts", type=int, default=32, help="questions")
+    parser.add_argument("--group-size", type=int, default=8, help="responses to each")
+    parser.add_argument("--tau", type=float, default=1.0, help="tau of Eq. (6)")
+    parser.add_argument("--corruption-p", type=float, default=0.6, help="strength of the corruptions")
+    for name in ("warmup_steps", "noisy_steps", "warmup_noise", "cache"):
+        kind = type(defaults.get_default(name))
+        parser.add_argument("--" + name.replace("_", "-"), type=kind, default=defaults.get_default(name), help="as in train.py")
     args = parser.parse_args(argv)
-    args.device, args.dtype, args.image_size, args.max_new_tokens = "cpu", "float32", args.image_size or 48, args.max_new_tokens or 64
+    args.device, args.dtype = "cpu", "float32"
+    args.image_size, args.max_new_tokens = (train.DEFAULTS[name][0] for name in ("image_size", "max_new_tokens"))
     try:
+        if not model.is_tiny(args.model):
+            raise InputError(f"--model {args.model}: not the tiny model; the labels here are of its words")
         policy = model.load(str(train.warmed_up(args)) if args.model == "tiny" else args.model)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    examples = train.drawn_task(args).draw(args.prompts or 32, (args.seed, 0, 5), held_out=False)
+    examples = train.drawn_task(args).draw(args.prompts, (args.seed, 0, 5), held_out=False)
     rows = {kind: (kind, 1) for kind in CORRUPTIONS} | {"patch, 4 masks": ("patch", 4)}
     for i, (name, (kind, masks)) in enumerate(rows.items()):
         figures = measure(policy, examples, args, kind, masks)

@@ -42,15 +42,14 @@ def role_aware(batch, workers, tokenizer, step: int, lam: float = 1.0, corruptio
     needed = {"advantages", "old_log_probs", "responses", "response_mask", "attention_mask", "position_ids"}
     if missing := (needed - set(batch.batch.keys())) | ({"uid", "multi_modal_data"} - set(batch.non_tensor_batch)):
         raise KeyError(f"easyr1_srpo.py was written for EasyR1 at 26dfd97; this batch lacks {', '.join(sorted(missing))}")
-    mask, added = batch.batch["response_mask"], tokenizer.get_added_vocab()
+    mask, added, special = batch.batch["response_mask"], tokenizer.get_added_vocab(), {None, *tokenizer.all_special_tokens}
     roles = torch.zeros_like(mask, dtype=torch.long)
     for row, n in enumerate(mask.sum(1).tolist()):
         if not batch.non_tensor_batch["multi_modal_data"][row].get("images"):
             continue  # without an image, Eq. (9)
-        ids = [i for i in batch.batch["responses"][row, :n].tolist() if i not in tokenizer.all_special_ids]
-        tokens = tokenizer.convert_ids_to_tokens(ids)
-        text, offsets = text_and_offsets([t.encode() if t in added else token_bytes(t) for t in tokens])
-        roles[row, : len(offsets)] = token_roles(text, offsets)
+        tokens = tokenizer.convert_ids_to_tokens(batch.batch["responses"][row, :n].tolist())
+        pieces = [b"" if t in special else t.encode() if t in added else token_bytes(t) for t in tokens]  # EOS has no text
+        roles[row, :n] = token_roles(*text_and_offsets(pieces))
     logp_blank = workers.compute_log_probs(blank(batch, roles)).batch["old_log_probs"]  # first: its pixels are in the cache
     logp_corrupted = workers.compute_log_probs(corrupted(batch, step, corruption_p)).batch["old_log_probs"]
     delta = contrast_scores(batch.batch["old_log_probs"], logp_corrupted, logp_blank, roles)
@@ -80,12 +79,13 @@ def blank(batch, roles: torch.Tensor):
 
 
 def corrupted(batch, step: int, p: float):
-    """Corrupted images, one draw for all responses to a prompt. Under uids of their own: workers keep processed pixels by
-    uid, and would take the clean ones again."""
-    data = []
+    """Corrupted images, one draw for all responses to a prompt: squares of 28 pixels, one visual token each, of the image
+    as EasyR1 will resize it. Under uids of their own: workers keep processed pixels by uid, and would take the clean ones
+    again."""
+    data, limits = [], [batch.meta_info.get(f"{end}_pixels") or batch.meta_info.get(f"image_{end}_pixels") for end in ("min", "max")]
     for uid, old in zip(batch.non_tensor_batch["uid"], batch.non_tensor_batch["multi_modal_data"], strict=True):
         seed = int.from_bytes(hashlib.sha256(f"{uid} {step}".encode()).digest()[:7], "big")
-        images = [corrupt(opened(image), "patch", patch=28, p=p, seed=seed) for image in old.get("images") or []]
+        images = [corrupt(resized(opened(image), *limits), "patch", patch=28, p=p, seed=seed) for image in old.get("images") or []]
         data.append(dict(old) | ({"images": images} if images else {}))
     column = np.empty(len(data), dtype=object)
     column[:] = data
@@ -96,3 +96,10 @@ def opened(image) -> Image.Image:
     """EasyR1 takes images, paths, bytes, and dicts with bytes."""
     image = image["bytes"] if isinstance(image, dict) else image
     return image if isinstance(image, Image.Image) else Image.open(io.BytesIO(image) if isinstance(image, bytes) else image).convert("RGB")
+
+
+def resized(image: Image.Image, low: int | None, high: int | None) -> Image.Image:
+    """To an area within EasyR1's limits, so that it leaves the size as it is."""
+    area = image.width * image.height
+    scale = (high / area) ** 0.5 if high and area > high else (low / area) ** 0.5 if low and area < low else 1
+    return image if scale == 1 else image.resize((int(image.width * scale), int(image.height * scale)))

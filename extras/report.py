@@ -151,7 +151,7 @@ def tokens_of(response: dict) -> list[dict]:
         start, end = response["offsets"][t] if t < len(response["offsets"]) else (None, None)
         text = "EOS" if start is None else response["text"][max(start, shown) : end]
         shown = shown if end is None else max(shown, end)
-        numbers = {"delta": response["delta"][t], "weight": weight, "advantage": response["advantages"][t]}
+        numbers = {"delta": response["delta"] and response["delta"][t], "weight": weight, "advantage": response["advantages"][t]}
         tokens.append({"text": text, "role": Role(response["roles"][t]), "eos": start is None, **numbers})
     return tokens
 
@@ -173,11 +173,12 @@ def response_html(response: dict) -> str:
     for token in tokens_of(response):
         role = token["role"].name.lower()
         tip = f"{token['role'].name.capitalize()}: w {token['weight']:.2f}, Â {token['advantage']:+.2f}"
-        tip += f", Δ {token['delta']:+.2f}" if token["role"] != Role.OTHER else ""
+        tip += f", Δ {token['delta']:+.2f}" if token["role"] != Role.OTHER and token["delta"] is not None else ""
         text = esc(token["text"]).replace("\n", "↵\n") or "·"
         style = f' style="--s:{100 * strength(token["weight"]):.0f}%"' if token["role"] != Role.OTHER else ""
         spans.append(f'<span class="{role}" tabindex="0" data-tip="{esc(tip)}"{style}>{text}</span>')
-    told = f"reward {response['reward']:.2f}, A {response['advantage']:+.2f}, b {response['baseline']:+.2f}"
+    told = f"reward {response['reward']:.2f}, A {response['advantage']:+.2f}"
+    told += "" if response["baseline"] is None else f", b {response['baseline']:+.2f}"
     mark = "✓" if response["accuracy"] else "✗"
     return f'<div class="r"><p><b>{mark} {esc(verdict(response))}</b> {esc(told)}</p><pre>{"".join(spans)}</pre></div>'
 
@@ -240,7 +241,7 @@ def credit_png(group: dict, response: dict, scale: int = 2) -> Image.Image:
     """A response with the credit of each token, and the two images beside it."""
     W, side, gap = 860 * scale, 118 * scale, 12 * scale
     font, small, bold = (ImageFont.load_default(size * scale) for size in (16, 11, 15))
-    canvas = Image.new("RGB", (W, 2000 * scale), "white")
+    canvas = Image.new("RGB", (W, (300 + 60 * len(response["weights"])) * scale), "white")  # cropped in the end
     draw = ImageDraw.Draw(canvas)
     y = gap
     for kind, caption in (("images", "original"), ("corrupted", "corrupted")):
@@ -251,7 +252,8 @@ def credit_png(group: dict, response: dict, scale: int = 2) -> Image.Image:
             y += side + 22 * scale
     left = side + 3 * gap
     x, line = left, 50 * scale
-    draw.text((left, gap), f"{group['question']}  (answer: {group['answer']})", font=bold, fill="black")
+    asked = f"{' '.join(group['question'].split())[:80]}  (answer: {group['answer'][:20]})"
+    draw.text((left, gap), asked, font=bold, fill="black")
     told = f"{verdict(response)}; reward {response['reward']:.2f}, advantage {response['advantage']:+.2f}. Under each token: its weight."
     draw.text((left, gap + 22 * scale), told, font=small, fill="#555")
     row = gap + 50 * scale
@@ -300,8 +302,8 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        print(f"error: {error.filename}: cannot be written ({error.strerror})", file=sys.stderr)
+    except (OSError, ValueError) as error:  # ValueError: a picture of an unknown kind
+        print(f"error: cannot be written: {error}", file=sys.stderr)
         return 2
     print(args.out)
     return 0

@@ -11,7 +11,9 @@ differences to GRPO and the probability of improvement over it (Agarwal et al. 2
 """
 
 import argparse
+import contextlib
 import csv
+import io
 import json
 import multiprocessing
 import os
@@ -59,7 +61,9 @@ MAIN, MAIN_SEEDS, OTHER_SEEDS = ("grpo", "srpo", "shuffled"), 10, 5
 TASKS = ("count", "compare", "add")
 OPTIONS = "--steps 40 --prompts 16 --lr 1e-4 --warmup-noise 0.25 --eval-every 10 --eval-size 256 --save-every 0"
 FINAL = 512  # held-out examples of the last evaluation
-OUTCOMES = ("accuracy", "grounded", "wrong_reason", "consistent", "perception", "corrupted", "swapped", "auc", "seconds")
+# wrong_reason: accuracy - grounded. corrupted, swapped: accuracy with the image painted over, with another question's image.
+# curve: mean accuracy over training. seconds: of one core, evaluations included (extras/bench.py has the cost of a step).
+OUTCOMES = ("accuracy", "grounded", "wrong_reason", "consistent", "perception", "corrupted", "swapped", "curve", "seconds")
 
 
 # ------------------------------------------------------------------------------------------------------ what is compared
@@ -104,14 +108,11 @@ def run(job: tuple[str, str, int, str, str]) -> dict:
     SHUFFLE.manual_seed(seed)
     train.token_weights = WEIGHTS.get(condition, token_weights)
     start = time.process_time()  # of one thread: what it would take on an idle core
-    with open(os.devnull, "w") as quiet:
-        sys.stdout, sys.stderr, kept = quiet, quiet, (sys.stdout, sys.stderr)
-        try:
-            status = train.main(argv)
-        finally:
-            sys.stdout, sys.stderr = kept
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        status = train.main(argv)
     if status:
-        raise RuntimeError(f"failed: python train.py {' '.join(argv)}")
+        raise RuntimeError(f"python train.py {' '.join(argv)}: {said.getvalue().strip().splitlines()[-1:]}")
     seconds = time.process_time() - start
     args = train.build_parser().parse_args(argv)
     args.__dict__ |= json.loads((folder / "args.json").read_text())
@@ -127,7 +128,7 @@ def run(job: tuple[str, str, int, str, str]) -> dict:
         "task": task, "condition": condition, "seed": seed, "commit": commit(), "options": options, "start": curve[0],
         "accuracy": final["accuracy"], "grounded": final["grounded"], "wrong_reason": final["accuracy"] - final["grounded"],
         "consistent": final["consistent"], "perception": final["perception"], "corrupted": unseen["accuracy"],
-        "swapped": swapped["accuracy"], "auc": (sum(curve) - (curve[0] + curve[-1]) / 2) / (len(curve) - 1),
+        "swapped": swapped["accuracy"], "curve": (sum(curve) - (curve[0] + curve[-1]) / 2) / (len(curve) - 1),
         "seconds": seconds, **weights,
     }  # fmt: skip
 
@@ -200,7 +201,7 @@ def iqm(*strata, axis=-1):
     """Interquartile mean of all values, whatever stratum (task) they come from."""
     from scipy.stats import trim_mean
 
-    return trim_mean(np.concatenate(np.broadcast_arrays(*strata) if len(strata) == 1 else strata, axis=axis), 0.25, axis=axis)
+    return trim_mean(np.concatenate(strata, axis=axis), 0.25, axis=axis)
 
 
 def interval(strata: list[np.ndarray], statistic=iqm) -> str:
@@ -222,7 +223,7 @@ def improvement(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def tables(rows: list[dict]) -> str:
     """Markdown: outcomes of each condition over all tasks, then differences to GRPO on the seeds that both have."""
-    tasks = sorted({r["task"] for r in rows}, key=TASKS.index)
+    tasks = sorted({r["task"] for r in rows}, key=train.data.TASKS.index)
     value = {(r["task"], r["condition"], r["seed"], k): r[k] for r in rows for k in (*OUTCOMES, "start")}
     seeds = {c: [sorted({r["seed"] for r in rows if (r["task"], r["condition"]) == (t, c)}) for t in tasks] for c in CONDITIONS}
     complete = [c for c in CONDITIONS if all(seeds[c])]
@@ -233,7 +234,7 @@ def tables(rows: list[dict]) -> str:
     for c in complete:
         cells = [interval(column(c, k, seeds[c])) if k != "seconds" else f"{iqm(*column(c, k, seeds[c])):.0f}" for k in OUTCOMES]
         lines.append(f"| {c} | {sum(map(len, seeds[c]))} | " + " | ".join(cells) + " |")
-    compared = ("accuracy", "grounded", "wrong_reason", "auc")
+    compared = ("accuracy", "grounded", "wrong_reason", "curve")
     lines += ["", "Paired difference to GRPO, same task and seed; P: probability of a more accurate, and of a more grounded run.", ""]
     lines += ["| condition | pairs | " + " | ".join(compared) + " | P accuracy | P grounded |", "|---" * (len(compared) + 4) + "|"]
     for c in complete:
@@ -261,7 +262,7 @@ def chance(xs: list[np.ndarray], ys: list[np.ndarray]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = train.Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="2 seeds of the first task, GRPO, SRPO and shuffled")
     parser.add_argument("--conditions", default=",".join(CONDITIONS), help="of these")
     parser.add_argument("--tasks", default=",".join(TASKS), help="of lookup, count, compare, add")
@@ -269,13 +270,13 @@ def main() -> None:
     parser.add_argument("--other-seeds", type=int, default=OTHER_SEEDS, help="of the other conditions")
     parser.add_argument("--options", default=OPTIONS, help="of train.py, for every run")
     parser.add_argument("--out", default="out/study", help="where study.csv and the runs go")
-    parser.add_argument("--workers", type=int, default=max(1, len(os.sched_getaffinity(0))), help="runs at a time, one core each")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one core each")
     parser.add_argument("--table", action="store_true", help="run nothing, print the tables")
     args = parser.parse_args()
     try:
         import scipy  # noqa: F401
     except ImportError:
-        sys.exit("error: the tables need scipy: pip install scipy")
+        parser.error("the tables need scipy: pip install scipy")
     conditions, tasks = args.conditions.split(","), args.tasks.split(",")
     if unknown := (set(conditions) - set(CONDITIONS)) | (set(tasks) - set(train.data.TASKS)):
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
@@ -284,11 +285,14 @@ def main() -> None:
         jobs = planned(MAIN, tasks[:1], 2, 2)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
+    if others := {r["options"] for r in read(out / "study.csv")} - {args.options}:
+        parser.error(f"{out} holds runs with other --options ({others.pop()}); name another --out")
+    train.build_parser().parse_args(args.options.split())  # a mistake ends here, and not in every run
     if not args.table:
         study(jobs, out, args.options, args.workers)
     rows = read(out / "study.csv")
     if not rows:
-        sys.exit(f"error: {out / 'study.csv'} has no runs yet; leave out --table")
+        parser.error(f"{out / 'study.csv'} has no runs yet; leave out --table")
     print(tables(rows))
 
 

@@ -66,6 +66,7 @@ def case():
             response_mask=rollout.mask.long(), position_ids=torch.cat([mask.cumsum(1)[None] - 1, vision]).transpose(0, 1),
             advantages=torch.tensor([1.0, -0.5, -0.5, 0.0, 1.2, -1.2])[:, None].expand(rollout.ids.shape) * rollout.mask,
         ),
+        meta_info={"min_pixels": None, "max_pixels": None},
         non_tensor_batch={"uid": np.array([f"u{i}" for i in which], dtype=object), "multi_modal_data": column},
     )  # fmt: skip
     workers = Workers(policy)
@@ -105,6 +106,15 @@ def test_the_trap_of_the_cache_is_seen(case, monkeypatch):
     monkeypatch.setattr(easyr1_srpo, "corrupted", careless)
     with pytest.raises(RuntimeError, match="do not reach the model"):
         easyr1_srpo.role_aware(batch, workers, policy.tokenizer, step=3)
+
+
+def test_large_images_are_corrupted_at_the_size_they_are_seen(case):
+    _, _, _, batch, _ = case
+    limited = copy.copy(batch)
+    limited.meta_info = {"min_pixels": None, "max_pixels": 48 * 48}
+    images = [d["images"][0] for d in easyr1_srpo.corrupted(limited, 3, 0.6).non_tensor_batch["multi_modal_data"]]
+    assert {i.size for i in images} == {(48, 48)} and batch.non_tensor_batch["multi_modal_data"][0]["images"][0].size == (96, 96)
+    assert easyr1_srpo.resized(images[0], 96 * 96, None).size == (96, 96)
 
 
 def test_renamed_fields_are_named(case):

@@ -1,6 +1,9 @@
 """Tests of verl_srpo.py against the real verl, its advantage and loss functions and its data plane (Ray, TransferQueue), on CPU.
 
-    pip install --no-deps verl==0.9.1 and what it imports (see .ci/run), then python -m pytest -q extras/test_verl_srpo.py
+    pip install torch==2.13.0 verl==0.9.1 "TransferQueue>=0.1.10" cachetools pytest
+    python -m pytest -q extras/test_verl_srpo.py
+
+verl's actor workers need a GPU: here a stand-in takes the rows from TransferQueue and scores them.
 """
 
 import os
@@ -97,6 +100,12 @@ def test_verls_loss_on_the_weighted_advantages_is_ours(case):
         assert stats["actor/pg_clipfrac"] == pytest.approx(ours["clip_frac"].item(), abs=1e-6)
 
 
+def test_roles_stay_in_place_around_special_tokens(policy):
+    ids = policy.as_rollout(["<perception> a1 red circle</perception><reasoning> a1 red so 1</reasoning><answer> 1</answer>"]).ids[0]
+    (plain,), (mixed,) = ([*verl_srpo.roles_of([x], policy.tokenizer)] for x in (ids, torch.cat([ids[:2], ids[-1:], ids[2:]])))
+    assert plain.unique().tolist() == [0, 1, 2] and torch.equal(mixed, torch.cat([plain[:2], torch.tensor([0]), plain[2:]]))
+
+
 class Workers:
     """Stands for verl's actor workers: takes rows from TransferQueue as they are, scores them, puts log_probs back."""
 
@@ -160,6 +169,11 @@ def test_the_trainer_end_to_end_over_transfer_queue(case, policy):
         for b, got in enumerate(found.unbind()):
             torch.testing.assert_close(got, wanted[b, : len(got)], rtol=1e-3, atol=1e-4)
         assert tq.kv_list("srpo").get("srpo", {}) == {}  # nothing is left behind
+        trainer.config.trainer.srpo = {"lam": 0.0}  # GRPO, exactly
+        trainer._compute_advantage(batch, metrics)
+        found = tq.kv_batch_get(keys=keys, partition_id="train", select_fields=["advantages"])["advantages"]
+        assert all(torch.equal(got, a[: len(got)]) for got, a in zip(found.unbind(), grpo(rollout.mask), strict=True))
+        assert metrics["srpo/weight_std"] == 0
         trainer.config.algorithm.rollout_correction = {"bypass_mode": True}
         with pytest.raises(ValueError, match="bypass_mode=False"):
             trainer._compute_advantage(batch, metrics)

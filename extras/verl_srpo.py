@@ -38,13 +38,12 @@ if not hasattr(PPOTrainerSync, "_compute_advantage"):
 
 def roles_of(responses: list[torch.Tensor], tokenizer) -> list[torch.Tensor]:
     """Roles [T_i] of sampled responses (1-D ids)."""
-    added, special = tokenizer.get_added_vocab(), set(tokenizer.all_special_ids)
+    added, special = tokenizer.get_added_vocab(), {None, *tokenizer.all_special_tokens}
     roles = []
     for ids in responses:
-        tokens = [(i, t) for i, t in zip(ids.tolist(), tokenizer.convert_ids_to_tokens(ids.tolist()), strict=True) if i not in special]
-        text, offsets = text_and_offsets([t.encode() if t in added else token_bytes(t) for _, t in tokens])
-        roles.append(torch.zeros(len(ids), dtype=torch.long))
-        roles[-1][: len(offsets)] = token_roles(text, offsets)  # special tokens end a response: what is left is in place
+        tokens = tokenizer.convert_ids_to_tokens(ids.tolist())
+        pieces = [b"" if t in special else t.encode() if t in added else token_bytes(t) for t in tokens]  # EOS has no text
+        roles.append(token_roles(*text_and_offsets(pieces)))
     return roles
 
 
@@ -110,7 +109,8 @@ class SRPOTrainer(PPOTrainerSync):
         pad = lambda xs: torch.nn.utils.rnn.pad_sequence(list(xs), batch_first=True)  # noqa: E731
         columns = [pad(data[name].unbind()).float() for name in ("advantages", "old_log_probs")]
         A_hat = role_aware(columns[0], pad(roles), columns[1], pad(logp_corrupted).float(), pad(logp_blank), lam, **options)
-        metrics["srpo/weight_std"] = (A_hat / columns[0].where(columns[0] != 0, 1)).std().item()
+        used = columns[0] != 0
+        metrics["srpo/weight_std"] = (A_hat[used] / columns[0][used]).std(correction=0).item() if used.any() else 0.0
         A_hat = torch.nested.as_nested_tensor([a[: len(r)] for a, r in zip(A_hat, roles, strict=True)], layout=torch.jagged)
         return tq.kv_batch_put(
             keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict({"advantages": A_hat}, batch_size=len(batch))
