@@ -56,6 +56,9 @@ CONDITIONS = {
     "p=1": "--corruption-p 1",
     "tau=0.3": "--tau 0.3",
     "tau=3": "--tau 3",
+    "role-baselines": "",  # the last three were added after the first results, to find out why
+    "role-baselines+sign": "--sign-aware",
+    "inverted": "",
 }
 MAIN, MAIN_SEEDS, OTHER_SEEDS = ("grpo", "srpo", "shuffled"), 10, 5
 TASKS = ("count", "compare", "add")
@@ -86,7 +89,7 @@ def only(role: Role):
         usable = (token_weights(scores, roles, **options) != 1).any(1)  # not the rows of Eq. (9)
         for row in usable.nonzero()[:, 0]:
             where = roles[row] == role
-            delta = scores[row, where]
+            delta = scores[row, where] * (-1 if options["flip"] is not None and options["flip"][row] else 1)
             x = torch.exp(((delta - delta.mean()) / options["tau"]).clamp(np.log(options["w_min"]), np.log(options["w_max"])))
             w[row, where] = x / x.mean()
         return w
@@ -94,8 +97,26 @@ def only(role: Role):
     return weights
 
 
+def role_baselines(scores, roles, **options):
+    """A baseline and a mean weight of 1 for each role: nothing moves from one role to the other."""
+    perception, reasoning = (only(role)(scores, roles, **options) for role in (Role.PERCEPTION, Role.REASONING))
+    return torch.where(roles == Role.PERCEPTION, perception, reasoning)
+
+
+def inverted(scores, roles, **options):
+    """SRPO with the opposite emphasis everywhere: tokens of low contrast weigh more."""
+    return token_weights(scores, roles, **options | {"flip": torch.ones(len(scores), dtype=torch.bool)})
+
+
 SHUFFLE = torch.Generator()
-WEIGHTS = {"shuffled": shuffled, "perception-only": only(Role.PERCEPTION), "reasoning-only": only(Role.REASONING)}
+WEIGHTS = {
+    "shuffled": shuffled,
+    "perception-only": only(Role.PERCEPTION),
+    "reasoning-only": only(Role.REASONING),
+    "role-baselines": role_baselines,
+    "role-baselines+sign": role_baselines,
+    "inverted": inverted,
+}
 
 
 def run(job: tuple[str, str, int, str, str]) -> dict:

@@ -97,7 +97,7 @@ def batch():
     return torch.randn(roles.shape, generator=g) * (roles > 0), roles
 
 
-OPTIONS = {"tau": 1.0, "w_min": 0.5, "w_max": 2.0}
+OPTIONS = {"tau": 1.0, "w_min": 0.5, "w_max": 2.0, "flip": None}
 
 
 def test_shuffled_weights_are_the_same_numbers_elsewhere(batch):
@@ -115,6 +115,17 @@ def test_weights_of_one_role_leave_the_other_alone(batch):
         mine = w[0][roles[0] == role]
         assert mine.mean() == pytest.approx(1, abs=1e-6) and mine.std() > 0.01
         assert torch.equal(mine.argsort(), scores[0][roles[0] == role].argsort())
+
+
+def test_weights_by_role_and_inverted(batch):
+    scores, roles = batch
+    w = study.role_baselines(scores, roles, **OPTIONS)
+    for role in (Role.PERCEPTION, Role.REASONING):
+        assert torch.equal(w[:2][roles[:2] == role], study.only(role)(scores, roles, **OPTIONS)[:2][roles[:2] == role])
+    flipped = study.role_baselines(scores, roles, **OPTIONS | {"flip": torch.tensor([True, False, False])})
+    torch.testing.assert_close(flipped[0], study.role_baselines(-scores, roles, **OPTIONS)[0])
+    assert torch.equal(flipped[1:], w[1:])
+    torch.testing.assert_close(study.inverted(scores, roles, **OPTIONS), token_weights(-scores, roles, **OPTIONS))
 
 
 def row(task, condition, seed, accuracy, grounded):
