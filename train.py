@@ -182,18 +182,11 @@ def train(args: argparse.Namespace, out: Path) -> None:
         bar.set_postfix(reward=f"{record['reward']:.2f}", accuracy=f"{record['accuracy']:.2f}", sec=f"{sum(seconds):.1f}")
         if args.sample_every and (step == 1 or step % args.sample_every == 0):
             tokens = {"roles": roles, "delta": delta, "weights": w, "advantages": role_aware_advantages(A, w, args.lam)}
-            numbers = {"advantage": A, "baseline": shared_baseline(delta, roles, role_balanced=args.role_balanced)[:, 0]}
             for g in A.view(-1, args.group_size).any(1).nonzero()[:2, 0].tolist():
-                corrupted = partial(corruption, g) if contrasts else None
+                shown = as_shown(examples[g], policy, partial(corruption, g) if contrasts else None)
                 rows = range(g * args.group_size, (g + 1) * args.group_size)
-                group = [
-                    {"text": responses[b][0], "offsets": responses[b][1], **asdict(verdicts[b])}
-                    | {name: round(x[b].item(), 4) for name, x in numbers.items()}
-                    | {name: [round(v, 4) for v in x[b][mask[b]].tolist()] for name, x in tokens.items()}
-                    | ({} if contrasts and A[b] != 0 else {"delta": None, "baseline": None})  # not measured
-                    for b in rows
-                ]
-                write(samples, {"step": step, **as_shown(examples[g], policy, corrupted), "responses": group})
+                shown["responses"] = [as_kept(b, responses[b], verdicts[b], A, tokens, mask, args, contrasts) for b in rows]
+                write(samples, {"step": step, **shown})
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             write(metrics, {"step": step, "eval": evaluate(policy, held_out, args)[0]})
         if step == args.steps or (args.save_every and step % args.save_every == 0):
@@ -412,6 +405,15 @@ def as_shown(example, policy, corrupted=None) -> dict:
     images = [policy.fit(image) for image in example.images]
     shown = {"question": example.question, "answer": example.answer, "images": [png(image) for image in images]}
     return shown | {"corrupted": [png(corrupted(image)) for image in images] if corrupted else []}
+
+
+def as_kept(b: int, response, verdict, A, tokens: dict, mask, args, contrasts: bool) -> dict:
+    """Response b of a step, token by token. What was not measured is null: contrasts under GRPO, and where A = 0."""
+    roles, delta = tokens["roles"][b : b + 1], tokens["delta"][b : b + 1]
+    baseline = shared_baseline(delta, roles, role_balanced=args.role_balanced).item()
+    kept = {"text": response[0], "offsets": response[1], "advantage": A[b].item(), "baseline": baseline, **asdict(verdict)}
+    kept |= {name: [round(v, 4) for v in x[b][mask[b]].tolist()] for name, x in tokens.items()}
+    return kept | ({} if contrasts and A[b] != 0 else {"delta": None, "baseline": None})
 
 
 def write(file, record: dict) -> None:

@@ -5,8 +5,8 @@
     python extras/study.py --table         only the tables, from what has been run
 
 Needs `pip install scipy`. Runs are paired: for one task and seed, every condition starts from the same warmed-up model
-and sees the same questions in the same order. Results go to DIR/study.csv, one row a run, the runs themselves beside it
-(`extras/report.py` draws them). The tables give interquartile means with 95 % stratified bootstrap intervals, paired
+and sees the same questions in the same order. Results go to DIR/study.csv, one row a run, and DIR/study.md; the runs themselves
+are kept beside them (`extras/report.py` draws them). The tables give interquartile means with 95 % stratified bootstrap intervals, paired
 differences to GRPO and the probability of improvement over it (Agarwal et al. 2021, "Deep RL at the statistical precipice").
 """
 
@@ -314,7 +314,9 @@ def main() -> None:
     rows = read(out / "study.csv")
     if not rows:
         parser.error(f"{out / 'study.csv'} has no runs yet; leave out --table")
-    print(tables(rows))
+    text = tables(rows)
+    (out / "study.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":
