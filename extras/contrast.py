@@ -12,7 +12,8 @@ curve (AUC; 0.5 is chance) with which the contrast of Eq. (2) ranks perception t
     needed   reasoning tokens that say what was perceived (a match, "no", a count) above the others (cells, "so")
 
 and what becomes of it: the mean contrast of each role, the share of scored tokens whose weight is clipped in Eq. (6),
-and the mean weight of each role. `4 masks` averages the contrast over four corruptions before all of that.
+the mean weight of each role, and the entropy of the policy (nats) at scored tokens whose weight is above 1 and at those below: where it is
+0 there is nothing left to learn. `4 masks` averages the contrast over four corruptions before all of that.
 """
 
 import argparse
@@ -88,7 +89,7 @@ def measure(policy, examples, args, kind: str, masks: int) -> dict[str, float]:
             for row, (text, offsets) in enumerate(responses):
                 roles[row, : len(offsets)] = token_roles(text, offsets)
             logp_of = partial(policy.log_probs, prompts, rollout, temperature=1.0)
-            logp, _ = logp_of()
+            logp, entropy = logp_of()
             blank, _ = logp_of(visible=without_perception(rollout.mask, roles), wanted=roles == Role.REASONING)
         seeing = roles == Role.PERCEPTION
         corrupted, _ = policy.log_probs(prompts, rollout, temperature=1.0, corrupted=True, wanted=seeing)
@@ -108,6 +109,8 @@ def measure(policy, examples, args, kind: str, masks: int) -> dict[str, float]:
         "clipped high": (relative >= np.log(2.0)).float().mean().item(),
         "w P": w[seeing].mean().item(),
         "w R": w[roles == Role.REASONING].mean().item(),
+        "entropy, w > 1": entropy[scored & (w > 1)].mean().item(),
+        "w < 1": entropy[scored & (w < 1)].mean().item(),
     }
 
 
