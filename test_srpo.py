@@ -391,8 +391,9 @@ def test_readme_code_and_table(batch):
     assert names["grpo_loss"] != names["srpo_loss"] and names["A_hat"].shape == (12, 11)
     for name in re.findall(r"`(test_\w+)`", readme):
         assert name in globals(), name
+    beyond = "".join(p.read_text(encoding="utf-8") for p in (HERE / "extras").glob("*.py"))
     for option in set(re.findall(r"`(--[a-z-]+)", readme)):
-        assert option in train.build_parser()._option_string_actions, option
+        assert option in train.build_parser()._option_string_actions or f'add_argument("{option}"' in beyond, option
     logged = re.findall(r"`(\w+)`", readme.split("## What is logged")[1].split("| meaning |")[1].split("\n\n")[0])
     assert set(logged) >= {*train.VERDICTS, "loss", "grad_norm", "clip_frac", "entropy", "kl", "used_groups", "sec_score"}
 
