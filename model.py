@@ -547,7 +547,7 @@ TINY_TEMPLATE = (
 
 
 def build_tiny(seed: int = 0, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Policy:
-    """A Qwen2-VL of about 0.8 million random weights whose words are those of the drawn tasks; 8-pixel patches."""
+    """A Qwen2-VL of 1.02 million random weights whose words are those of the drawn tasks; 8-pixel patches."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
     special += ["<|video_pad|>", "<unk>"]
     words = [*COLORS, *SHAPES, *CELLS, *map(str, range(10)), *"What color is at How many More or more plus no so same".split()]
