@@ -4,6 +4,8 @@
     python extras/bench.py --shape short --turns 2 --steps 6
     python extras/bench.py --shape 2b             Qwen2-VL-2B from its configuration, full and with LoRA, beside plain
                                                   `generate`; on a CPU two layers of it and short responses
+    python extras/bench.py --shape 2b-group --conditions srpo-lora --dtype bfloat16 --turns 1 --steps 3
+                                                  one group of it, what a micro-batch holds: peak memory, on a CPU too
 
 Every condition runs in a process of its own, in turns, so that a busy machine slows all of them; the table has the
 median over the steps of all turns, after two warm-up steps a turn. Weights are random, so no response has the tags and
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +38,7 @@ SHAPES = {
     "short": (96, 1, 8, 64, 4, 256, 4000),  # 36 visual tokens
     "long": (512, 1, 8, 64, 4, 256, 4000),  # 1,024 visual tokens
     "2b": (630, 8, 8, 256, 28, None, None),  # 506 visual tokens, the configuration of Qwen2-VL-2B
+    "2b-group": (630, 1, 8, 256, 28, None, None),  # one prompt of it
     "2b-cut": (112, 1, 8, 16, 2, None, None),  # two layers of it: the same code where there is no GPU
 }
 CONDITIONS = ("grpo", "srpo", "grpo-plain", "srpo-plain", "trl-grpo")
@@ -61,7 +65,7 @@ def make_folder(folder: Path, shape: str) -> None:
     _, _, _, _, layers, width, words = SHAPES[shape]
     policy = model.build_tiny()
     sizes = QWEN2_VL_2B
-    sizes["text_config"]["num_hidden_layers"], sizes["vision_config"]["depth"] = layers, min(32, 2 * layers)
+    sizes["text_config"]["num_hidden_layers"], sizes["vision_config"]["depth"] = layers, 4 if shape == "2b-cut" else 32
     if words:
         policy.tokenizer.add_tokens([f"w{i}" for i in range(words - len(policy.tokenizer))])
         rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12]}
@@ -87,7 +91,7 @@ def draw_roles(text, offsets, **_) -> torch.Tensor:
     return roles
 
 
-def run_ours(condition: str, shape: str, folder: str, steps: int, device: str) -> dict:
+def run_ours(condition: str, shape: str, folder: str, steps: int, device: str, dtype: str | None = None) -> dict:
     side, prompts, group, new_tokens, *_ = SHAPES[shape]
     group = int(condition.split("-G")[1]) if "-G" in condition else group
     rng = np.random.default_rng(0)
@@ -101,6 +105,7 @@ def run_ours(condition: str, shape: str, folder: str, steps: int, device: str) -
     argv = [str(x) for pair in options.items() for x in pair]
     argv += ["--plain"] if "plain" in condition else []
     argv += ["--lora", "16"] if "lora" in condition else []
+    argv += ["--dtype", dtype] if dtype else []
     train.save_checkpoint = lambda *_: None
     train.summarize = lambda *_: None
     with tempfile.TemporaryDirectory() as out:
@@ -265,15 +270,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=7, help=f"steps a turn, of which {WARMUP} warm up")
     parser.add_argument("--groups", metavar="G,G,...", help="only this: our SRPO step with these group sizes, in turns")
     parser.add_argument("--profile", action="store_true", help="only this: where the time of an SRPO step goes")
+    parser.add_argument("--layers", type=int, default=28, help="of the language model of the 2b shapes")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of computing; by default as train.py")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--one", nargs=3, metavar=("CONDITION", "SHAPE", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.steps <= WARMUP:
         parser.error(f"--steps must be above {WARMUP}, which warm up")
+    for shape in ("2b", "2b-group"):
+        SHAPES[shape] = (*SHAPES[shape][:4], args.layers, None, None)
     if args.one:
         condition, shape, folder = args.one
         special = {"trl-grpo": run_trl, "generate": run_generate}
-        run = special.get(condition) or (lambda *a: run_ours(condition, *a))
+        run = special.get(condition) or partial(run_ours, condition, dtype=args.dtype)
         print("RESULT " + json.dumps(run(shape, folder, args.steps, args.device)), flush=True)
         return
     try:
@@ -323,7 +332,8 @@ def measure(args, shape: str, folder: str) -> dict[str, dict]:
     for _ in range(args.turns):
         for condition in args.conditions.split(","):
             command = [sys.executable, __file__, "--one", condition, shape, folder]
-            command += ["--steps", str(args.steps), "--device", args.device]
+            command += ["--steps", str(args.steps), "--device", args.device, "--layers", str(args.layers)]
+            command += ["--dtype", args.dtype] if args.dtype else []
             done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_WAIT_POLICY": "passive"})
             if done.returncode:
                 sys.exit(f"{condition} failed: {done.stderr.strip().splitlines()[-1:]}")

@@ -106,6 +106,7 @@ def weights_of(trainer):
         {"loss_type": "dapo", "gradient_accumulation_steps": 2, "num_iterations": 2, "per_device_train_batch_size": G},
         {"loss_type": "cispo", "epsilon_high": 5.0},
         {"loss_type": "sapo"},
+        {"loss_type": "vespo"},
     ],
     ids=lambda c: c["loss_type"],
 )
