@@ -270,7 +270,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=7, help=f"steps a turn, of which {WARMUP} warm up")
     parser.add_argument("--groups", metavar="G,G,...", help="only this: our SRPO step with these group sizes, in turns")
     parser.add_argument("--profile", action="store_true", help="only this: where the time of an SRPO step goes")
-    parser.add_argument("--layers", type=int, default=28, help="of the language model of the 2b shapes")
+    parser.add_argument("--layers", type=train.number(int, 1), default=28, help="of the language model of the 2b shapes")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of computing; by default as train.py")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--one", nargs=3, metavar=("CONDITION", "SHAPE", "FOLDER"), help=argparse.SUPPRESS)
