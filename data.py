@@ -1,33 +1,35 @@
-"""Tasks whose evidence has a ground truth, their verifiers, and your own data from a JSON-lines file.
+"""Tasks whose evidence has a ground truth, their verifier, and your own data from a JSON-lines file.
 
-A drawn task shows a 3 x 3 grid of cells a1 .. c3 (columns a to c from the left, rows 1 to 3 from the top) with a few
-coloured shapes, and asks about them. Because the scene is known, one can check not only the answer but also what the
-response says it *saw*. One example of each task, with a perfect response:
+A drawn task shows a 3 x 3 grid of cells a1 .. c3 (columns a to c from the left, rows 1 to 3 from the top)
+with a few colored shapes. The scene is known, so one can check not only the answer but also what the response
+says it *saw*. An example of each task, with a perfect response:
 
-    lookup   What color is at b2?           <perception> a1 red circle, b2 blue square</perception>
-                                            <reasoning> b2 is blue</reasoning>
-                                            <answer> blue</answer>
-    count    How many red?                  <reasoning> a1 red b2 no so 1</reasoning>                         1
-    compare  More blue or more circle?      <reasoning> a1 no b2 blue so 1, a1 circle b2 no so 1</reasoning>  same
-    add      How many blue plus circle?     <reasoning> a1 no b2 blue so 1, a1 circle b2 no so 1</reasoning>  2
+    lookup   What color is at b2?       <perception> a1 red circle, b2 blue square</perception>
+                                        <reasoning> b2 is blue</reasoning>
+                                        <answer> blue</answer>
+    count    How many red?              <reasoning> a1 red b2 no so 1</reasoning>                         1
+    compare  More blue or more circle?  <reasoning> a1 no b2 blue so 1, a1 circle b2 no so 1</reasoning>  same
+    add      How many blue plus circle? <reasoning> a1 no b2 blue so 1, a1 circle b2 no so 1</reasoning>  2
 
-The reward is 0.9 accuracy + 0.1 format. It never looks at the perception: SRPO changes the credit, not the reward.
+The reward, 0.9 accuracy + 0.1 format, never looks at the perception: SRPO changes the credit, not the reward.
 """
 
 import hashlib
 import io
 import json
+import math
 import re
+import runpy
 import unicodedata
-import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
+from corrupt import open_image
 from srpo import Tags, parse_response
 
 COLORS = {"red": (220, 40, 40), "green": (40, 170, 70), "blue": (50, 80, 220), "yellow": (235, 200, 40)}
@@ -35,15 +37,25 @@ SHAPES = ("circle", "square", "triangle")
 CELLS = tuple(column + row for row in "123" for column in "abc")
 TASKS = ("lookup", "count", "compare", "add")
 MARK = "<image>"  # in a question: an image goes here; without marks, all go in front
-REWARD_ACCURACY, REWARD_FORMAT = 0.9, 0.1
 HINT = (
-    "The image is a grid of 3 columns a, b, c from left to right and 3 rows 1, 2, 3 from top to bottom. In the perception "
-    "list every object as its cell, color and shape, like: a1 red circle, c2 blue square. Colors: " + ", ".join(COLORS) + "."
+    "The image is a grid of 3 columns a, b, c from left to right and 3 rows 1, 2, 3 from top to bottom. In "
+    "the perception list every object as its cell, color and shape, like: a1 red circle, c2 blue square. "
+    f"Colors: {', '.join(COLORS)}."
+)
+TAGS = Tags()
+INSTRUCTION = (
+    f"Reply in exactly this form: <{TAGS.perception}>what you see that matters</{TAGS.perception}>"
+    f"<{TAGS.reasoning}>how the answer follows from it</{TAGS.reasoning}>"
+    f"<{TAGS.answer}>the answer alone</{TAGS.answer}>"
 )
 
 
 class InputError(ValueError):
     """Something the user can put right. `train.py` prints it as one line and exits with code 2."""
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 @dataclass(frozen=True)
@@ -58,19 +70,15 @@ class Fact:
 
 @dataclass(frozen=True)
 class Query:
-    """What is asked: `args` is a cell for lookup, one attribute (a color or a shape) for count, two for the others."""
+    """What is asked: `args` is a cell for lookup, one color or shape for count, two for the others."""
 
     task: str
     args: tuple[str, ...]
 
     def text(self) -> str:
         x, y = (self.args * 2)[:2]
-        return {
-            "lookup": f"What color is at {x}?",
-            "count": f"How many {x}?",
-            "compare": f"More {x} or more {y}?",
-            "add": f"How many {x} plus {y}?",
-        }[self.task]
+        texts = {"lookup": f"What color is at {x}?", "count": f"How many {x}?"}
+        return (texts | {"compare": f"More {x} or more {y}?", "add": f"How many {x} plus {y}?"})[self.task]
 
     def evidence(self, facts: Iterable[Fact]) -> tuple[frozenset, ...]:
         """All that the answer depends on: for each argument, the things in the scene that bear on it."""
@@ -101,7 +109,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Example:
-    """One question. `scene` and `query` are known for drawn tasks only; `source` names file and line of a user's row."""
+    """One question. Drawn tasks know `scene` and `query`; `source` names file and line of a user's row."""
 
     images: tuple[Image.Image, ...]
     question: str
@@ -112,11 +120,8 @@ class Example:
     source: str = ""
 
 
-# ---------------------------------------------------------------------------------------------------------- drawn tasks
-
-
 def draw_scene(scene: Sequence[Fact], size: int, rng: np.random.Generator) -> Image.Image:
-    """Picture of a scene, size x size pixels; place, radius, shade and background vary a little from draw to draw."""
+    """A scene, size x size pixels; place, radius, shade and background vary a little from draw to draw."""
     image = Image.new("RGB", (size, size), tuple(int(v) for v in rng.integers(225, 250, 3)))
     draw, cell = ImageDraw.Draw(image), size / 3
     for fact in scene:
@@ -134,63 +139,61 @@ def draw_scene(scene: Sequence[Fact], size: int, rng: np.random.Generator) -> Im
 
 
 def is_held_out(scene: Sequence[Fact]) -> bool:
-    """One scene in ten belongs to the evaluation, by its content: no scene, however often drawn, is in both splits."""
+    """One scene in ten belongs to the evaluation, by its content: no scene is ever in both splits."""
     return hashlib.sha256(";".join(map(str, scene)).encode()).digest()[0] % 10 == 0
 
 
-def draw_example(task: str, rng: np.random.Generator, *, held_out: bool, size: int = 48, objects=(3, 4)) -> Example:
-    """One example of `task`, from the training or the held-out scenes, with `objects` = (fewest, most) shapes."""
+def draw_example(task: str, rng, *, held_out: bool, size: int, objects: tuple[int, int]) -> Example:
+    """An example of `task`, from training or held-out scenes, with `objects` = (fewest, most) shapes."""
+    kinds = [(color, shape) for color in COLORS for shape in SHAPES]
     while True:
         n = int(rng.integers(objects[0], objects[1] + 1))
-        attributes = [*COLORS, *SHAPES]
-        args = tuple(str(a) for a in rng.choice(attributes, 2, replace=False))[: 1 if task == "count" else 2]
-        kinds = [(color, shape) for color in COLORS for shape in SHAPES]
+        args = tuple(str(a) for a in rng.choice([*COLORS, *SHAPES], 2, replace=False))
+        args = args[: 1 if task == "count" else 2]
         match = [k for k in kinds if args[0] in k]
         other = [k for k in kinds if args[0] not in k]
         wanted = int(rng.integers(1, n + 1))  # so that no count is much more common than another
         pools = [kinds] * n if task == "lookup" else [match] * wanted + [other] * (n - wanted)
         cells = sorted(int(c) for c in rng.permutation(len(CELLS))[:n])
         pools = [pools[i] for i in rng.permutation(n)]
-        scene = [Fact(CELLS[c], *pool[rng.integers(len(pool))]) for c, pool in zip(cells, pools, strict=True)]
+        facts = zip(cells, pools, strict=True)
+        scene = tuple(Fact(CELLS[c], *pool[rng.integers(len(pool))]) for c, pool in facts)
         if task == "lookup":
             args = (str(rng.choice([f.cell for f in scene])),)
         query = Query(task, args)
-        if is_held_out(scene) == held_out and all(query.evidence(scene)):  # every question has something to see
-            break
-    image = draw_scene(scene, size, rng)
-    return Example((image,), query.text(), str(query.solve(scene)), tuple(scene), query, hint=HINT)
+        if is_held_out(scene) == held_out and all(query.evidence(scene)):  # there is something to see
+            image = draw_scene(scene, size, rng)
+            return Example((image,), query.text(), str(query.solve(scene)), scene, query, hint=HINT)
 
 
 class DrawnTask:
-    """Endless training batches and a fixed held-out set of one task. Batch k depends on the seed and k alone."""
+    """Endless batches and a fixed held-out set of one task. Batch k depends on the seed and k alone."""
 
     def __init__(self, task: str, *, seed: int = 0, size: int = 48, objects: tuple[int, int] = (3, 4)):
-        if task not in TASKS:
-            raise InputError(f"--task {task}: unknown; choose from {', '.join(TASKS)}")
         self.task, self.seed, self.size, self.objects = task, seed, size, objects
 
     def train_batch(self, step: int, n: int) -> list[Example]:
         return self.draw(n, (self.seed, step, 1), held_out=False)
 
     def eval_set(self, n: int) -> list[Example]:
-        return self.draw(n, (0, 0, 2), held_out=True)  # the same for every seed: runs are compared on the same examples
+        return self.draw(n, (0, 0, 2), held_out=True)  # of every seed: runs are compared on the same examples
 
     def draw(self, n: int, key: tuple[int, ...], held_out: bool) -> list[Example]:
         """n examples that depend on `key` alone."""
-        rng = np.random.default_rng(key)
-        return [draw_example(self.task, rng, held_out=held_out, size=self.size, objects=self.objects) for _ in range(n)]
+        rng, options = np.random.default_rng(key), {"size": self.size, "objects": self.objects}
+        return [draw_example(self.task, rng, held_out=held_out, **options) for _ in range(n)]
 
 
-def respond(perception: str, reasoning: str, answer: str, tags: Tags = Tags()) -> str:
+def respond(perception: str, reasoning: str, answer: str) -> str:
     """Text of a well-formed response."""
-    blocks = zip((tags.perception, tags.reasoning, tags.answer), (perception, reasoning, answer), strict=True)
+    blocks = zip((TAGS.perception, TAGS.reasoning, TAGS.answer), (perception, reasoning, answer), strict=True)
     return "\n".join(f"<{tag}>{text}</{tag}>" for tag, text in blocks)
 
 
 def demonstrate(example: Example, noise: float, rng: np.random.Generator) -> str:
     """A response to imitate in which every color and every shape is misstated with probability `noise`.
 
-    Reasoning and answer follow from what is stated, not from the image: fluent, consistent, and seeing things.
+    Reasoning and answer follow from what is stated, not from the image: consistent, and seeing things.
     """
 
     def misstate(word: str, words: Iterable[str]) -> str:
@@ -201,57 +204,70 @@ def demonstrate(example: Example, noise: float, rng: np.random.Generator) -> str
     return respond(perception, example.query.reasoning(stated), f" {example.query.solve(stated)}")
 
 
-# ------------------------------------------------------------------------------------------------------------ verifiers
-
-
 @dataclass(frozen=True)
 class Verdict:
-    """What is true of one response; each in [0, 1]. The last three need a known scene and are None without one.
+    """What is true of one response, each in [0, 1]; the last three are None where the scene is not known."""
 
-    accuracy    the answer is right
-    format      exactly the three blocks, in order, none of them blank
-    perception  F1 of the stated facts against the scene
-    grounded    the answer is right, and all the evidence that it rests on is stated rightly
-    consistent  the answer follows from what is stated, right or wrong
-    """
-
-    reward: float
-    accuracy: float
-    format: float
-    perception: float | None = None
-    grounded: float | None = None
-    consistent: float | None = None
+    reward: float  # 0.9 accuracy + 0.1 format
+    accuracy: float  # the answer is right
+    format: float  # exactly the three blocks, in order, none of them blank
+    perception: float | None = None  # F1 of the stated facts against the scene
+    grounded: float | None = None  # right, and all the evidence that it rests on is stated rightly
+    consistent: float | None = None  # the answer follows from what is stated, right or wrong
 
 
-def verify(text: str, example: Example, tags: Tags = Tags(), match=None) -> Verdict:
-    """Check a response against its example. Nothing but answer and format enters the reward.
+def averages(verdicts: Sequence[Verdict]) -> dict[str, float | None]:
+    """Mean of each figure over the responses; None where the scene is unknown."""
+    columns = {f.name: [getattr(v, f.name) for v in verdicts] for f in fields(Verdict)}
+    return {name: None if None in column else float(np.mean(column)) for name, column in columns.items()}
 
-    Args:
-        match: says whether a given answer is the true one, (given, truth) -> bool; by default `answers_match`.
-    """
+
+def verify(text: str, example: Example, match=None) -> Verdict:
+    """Check a response against its example. Nothing but answer and format enters the reward. `match` says of
+    (given, truth) whether the answer is the true one, by default `answers_match`."""
     match = match or answers_match
-    blocks = parse_response(text, tags)
+    blocks = parse_response(text, TAGS)
     spans = (blocks.perception, blocks.reasoning, blocks.answer) if blocks else ()
     well_formed = float(bool(spans) and all(text[a:b].strip() for a, b in spans))
-    answer = extract_answer(text, tags)
+    answer = extract_answer(text)
     accuracy = float(answer is not None and (match(answer, example.answer) or chosen(answer, example)))
-    reward = REWARD_ACCURACY * accuracy + REWARD_FORMAT * well_formed
+    reward = 0.9 * accuracy + 0.1 * well_formed
     if example.scene is None:
         return Verdict(reward, accuracy, well_formed)
-    stated = parse_facts(text[slice(*blocks.perception)]) if blocks else set()
-    true = set(example.scene)
+    stated, true = parse_facts(text[slice(*blocks.perception)]) if blocks else set(), set(example.scene)
     f1 = 2 * len(stated & true) / (len(stated) + len(true))
-    one_each = len({f.cell for f in stated}) == len(stated)  # a cell stated twice, once right, is not evidence
-    grounded = blocks is not None and one_each and example.query.evidence(stated) == example.query.evidence(true)
-    implied = example.query.solve(stated) if stated else None
-    consistent = blocks is not None and implied is not None and answers_match(answer, implied)
-    return Verdict(reward, accuracy, well_formed, f1, accuracy * grounded, float(consistent))
+    once = len({f.cell for f in stated}) == len(stated)  # a cell stated twice, once right, is no evidence
+    seen = blocks and once and example.query.evidence(stated) == example.query.evidence(true)
+    follows = stated and answers_match(answer, example.query.solve(stated) or "")
+    return Verdict(reward, accuracy, well_formed, f1, accuracy * bool(seen), float(bool(follows)))
 
 
-def extract_answer(text: str, tags: Tags = Tags()) -> str | None:
-    """Text of the only answer block, what is \\boxed in it if something is, also when the rest is malformed; None with no
-    block, two, or a broken one."""
-    opening, closing = f"<{tags.answer}>", f"</{tags.answer}>"
+def reward_from(place: str):
+    """What --reward FILE.py:NAME takes for `verify`: a function (text, example) -> float, or -> Verdict.
+    Raises InputError where it is missing, fails, or its number is not finite."""
+    file, _, name = place.rpartition(":")
+    try:
+        function = runpy.run_path(file)[name]
+    except Exception as error:  # whatever the file does
+        raise InputError(f"--reward {place}: no such function FILE.py:NAME ({first_line(error)})") from None
+
+    def judge(text: str, example: Example) -> Verdict:
+        try:
+            found = function(text, example)
+            if not isinstance(found, Verdict):
+                found = replace(verify(text, example), reward=float(found))
+            assert math.isfinite(found.reward), f"{found.reward} is not finite"
+            return found
+        except Exception as error:
+            said = f"{type(error).__name__}, {first_line(error)}"
+            raise InputError(f"--reward {place}: {said}; {example.source or example.question}") from None
+
+    return judge
+
+
+def extract_answer(text: str) -> str | None:
+    """Text of the only answer block, or what is \\boxed in it, also when the rest is malformed; else None."""
+    opening, closing = f"<{TAGS.answer}>", f"</{TAGS.answer}>"
     start, end = text.find(opening), text.find(closing)
     if text.count(opening) != 1 or text.count(closing) != 1 or end < start:
         return None
@@ -259,273 +275,138 @@ def extract_answer(text: str, tags: Tags = Tags()) -> str | None:
 
 
 def unboxed(text: str) -> str:
-    """Content of the last \\boxed{...}, or the whole text without one."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return text.strip()
-    depth = 0
-    for i in range(start + len("\\boxed"), len(text)):
+    """Content of the last \\boxed{...}, or the whole text without one, or with one that is never closed."""
+    depth, start = 0, text.rfind("\\boxed{")
+    for i in range(start, len(text) if start >= 0 else start):
         depth += {"{": 1, "}": -1}.get(text[i], 0)
-        if depth == 0:
+        if text[i] == "}" and depth == 0:
             return text[start + len("\\boxed{") : i].strip()
-    return text.strip()  # never closed
+    return text.strip()
 
 
 def chosen(answer: str, example: Example) -> bool:
-    """Multiple choice: "B", "(B)", "B. 12 cm", or the words that the question lists after B, where the true answer is B."""
+    """Multiple choice: where B is true, "B", "(B)", "B. 12 cm", or what the question lists after B."""
     letter = re.fullmatch(r"\(?([A-J])\)?\.?|\(?([A-J])[).:]\s*\S.*", example.answer.strip())
     if not letter:
         return False
-    truth = letter[1] or letter[2]
-    said = re.fullmatch(r"(?:(?:option|choice) )?\(?([A-Ja-j])(?:[).:](?:\s.*)?)?", answer.strip(), re.DOTALL | re.IGNORECASE)
-    if said:
+    truth, form = letter[1] or letter[2], r"(?:(?:option|choice) )?\(?([A-Ja-j])(?:[).:](?:\s.*)?)?"
+    if said := re.fullmatch(form, answer.strip(), re.DOTALL | re.IGNORECASE):
         return said[1].upper() == truth
     listed = dict(re.findall(r"^\s*\(?([A-J])[).:]\s*(\S.*?)\s*$", example.question, re.MULTILINE))
     return truth in listed and answers_match(answer, listed[truth])
 
 
 def answers_match(given: str, truth: str) -> bool:
-    """Numbers are equal as numbers (3 = 3.0, 1,000 = 1000, 1/2 = 0.5), all else as words without regard to case.
+    """Numbers are equal as numbers (3 = 3.0, 1,000 = 1000, 1/2 = 0.5), all else as words without case.
 
-    White space, quotes, brackets around the whole, `*` of markdown and the marks that end a sentence do not count;
-    signs, units and symbols do: -5 cm is not 5 cm, and < is not >.
+    White space, quotes, brackets around the whole, `*` of markdown and the marks that end a sentence do not
+    count; signs, units and symbols do: -5 cm is not 5 cm, and < is not >.
     """
     given, truth = _bare(given), _bare(truth)
     numbers = _number(given), _number(truth)
     return numbers[0] == numbers[1] if None not in numbers else given == truth != ""
 
 
-def math_match(given: str, truth: str) -> bool:
-    """Also equal as mathematics, by `math-verify`: 2\\sqrt{3} is \\sqrt{12}, and, as it leaves out units, 12 m is 12 cm.
-
-    It reads words as products of letters, so it is asked only where the true answer holds a digit or a command.
-
-    Raises:
-        InputError: math-verify is not installed.
-    """
-    try:
-        from math_verify import parse, verify
-    except ImportError:
-        raise InputError("--verifier math needs math-verify: pip install 'math-verify[antlr4_13_2]'") from None
-    formula = re.search(r"\d|\\", truth) is not None
-    return answers_match(given, truth) or (formula and bool(verify(parse(f"${truth}$"), parse(f"${given}$"))))
-
-
-VERIFIERS = {"words": answers_match, "math": math_match}
-
-
 def _bare(text: str) -> str:
     text = " ".join(unicodedata.normalize("NFC", text).casefold().replace("\u2212", "-").split())
-    bare = re.sub(r"^\.+(?!\d)", "", text.strip(" ,;:!?\"'`*\u201c\u201d\u2018\u2019\u3002\uff0c\uff01\uff1f")).rstrip(" .,;:!?")
-    if len(bare) > 1 and bare[0] + bare[-1] in ("()", "[]", "{}", '""', "''") and not re.search(r"[][(){}]", bare[1:-1]):
+    bare = text.strip(" ,;:!?\"'`*\u201c\u201d\u2018\u2019\u3002\uff0c\uff01\uff1f")
+    bare = re.sub(r"^\.+(?!\d)", "", bare).rstrip(" .,;:!?")
+    pairs = ("()", "[]", "{}", '""', "''")
+    if len(bare) > 1 and bare[0] + bare[-1] in pairs and not re.search(r"[][(){}]", bare[1:-1]):
         bare = bare[1:-1]
     return text if bare == text else _bare(bare)
 
 
 def _number(text: str) -> Fraction | None:
-    if not re.fullmatch(r"[+-]?(\d{1,3}(,\d{3})+|\d{1,30})?(\.\d{1,30}|/0*[1-9]\d{0,29})?", text) or not re.search(r"\d", text):
+    digits = r"[+-]?(\d{1,3}(,\d{3})+|\d{1,30})?(\.\d{1,30}|/0*[1-9]\d{0,29})?"
+    if not re.fullmatch(digits, text) or not re.search(r"\d", text) or re.match(r"[+-]?/", text):
         return None
-    text = text.replace(",", "")
-    return None if re.match(r"[+-]?/", text) else Fraction(text)
-
-
-_FACT = re.compile(
-    rf"\b({'|'.join(CELLS)})\W+(?:(?:is|has|a|an|the)\W+)*({'|'.join(COLORS)})\W+({'|'.join(SHAPES)})\b", re.IGNORECASE
-)
+    return Fraction(text.replace(",", ""))
 
 
 def parse_facts(text: str) -> set[Fact]:
-    """The facts stated in a perception text: cell, color, shape, in any sentence that has them in this order."""
-    return {Fact(*(word.lower() for word in match.groups())) for match in _FACT.finditer(text)}
-
-
-# ------------------------------------------------------------------------------------------------------------ your data
+    """The facts stated in a perception: cell, color, shape, in any sentence that has them in this order."""
+    cell, color, shape = ("|".join(words) for words in (CELLS, COLORS, SHAPES))
+    form = rf"\b({cell})\W+(?:(?:is|has|a|an|the)\W+)*({color})\W+({shape})\b"
+    return {Fact(*map(str.lower, found)) for found in re.findall(form, text, re.IGNORECASE)}
 
 
 class OwnTask:
-    """Your own rows of images, question and answer, a tenth of the images held out.
+    """Your own rows of images, question and answer from a JSON-lines file, a tenth of the images held out.
 
-    The split goes by a hash of the images' bytes: no image is in both parts, under whatever name. Every image is decoded
-    once at the start, so that a broken one is reported in the first minute and not in the fifth hour.
+    The split goes by a hash of the images' bytes, and images that share a row stay together: no image is in
+    both parts, under whatever name. All are decoded at the start: a broken one is reported in the first
+    minute and not in the fifth hour. With `everything` all rows are held out: nothing is to train.
     """
 
-    def __init__(self, name: str, rows: list[tuple], read, *, seed: int = 0, eval_only: bool = False):
-        """`rows` are (images, question, answer, source); `read` opens one of the `images` for reading bytes."""
-        self.name, self.seed, self.read = name, seed, read
-        if not rows:
-            raise InputError(f"--data {name}: has no rows")
-        digest = {}
-        for row in rows:
-            question, source = row[1], row[3]
-            if re.search(r"<\|(image|video)_pad\|>", question):
-                raise InputError(f"{source}: take the image placeholder out of the question; write <image> instead, or nothing")
-            if question.count(MARK) not in (0, len(row[0])):
-                raise InputError(f"{source}: {question.count(MARK)} {MARK} marks and {len(row[0])} images; give as many, or no mark")
-            if not answers_match(row[2], row[2]):
-                raise InputError(f"{source}: the answer {row[2]!r} is blank, so no response could be right")
-            self._load(row)
-            for image in row[0]:
-                with read(image) as file:
-                    digest[image] = hashlib.sha256(file.read()).hexdigest()
-        parent = {d: d for d in digest.values()}  # images that share a row belong together
-
-        def root(d):
-            while parent[d] != d:
-                d = parent[d]
-            return d
-
-        for images, *_ in rows:
-            for image in images:
-                parent[root(digest[image])] = root(digest[images[0]])
-        roots = sorted({root(d) for d in parent})
-        if len(roots) < 2 and not eval_only:
-            raise InputError(f"--data {name}: needs rows with at least two different images, one to hold out")
-        held_out = set(roots[: max(1, len(roots) // 10)])
-        self._eval = [row for row in rows if eval_only or root(digest[row[0][0]]) in held_out]
-        self._train = [row for row in rows if root(digest[row[0][0]]) not in held_out]
+    def __init__(self, path: str | Path, seed: int = 0, everything: bool = False):
+        self.path, self.seed = Path(path), seed
+        rows = self._rows()
+        digests = [{hashlib.sha256(file).digest() for file in self._load(row)[1]} for row in rows]
+        images = sorted(set().union(*digests))
+        held_out = set(images if everything else images[: max(1, len(images) // 10)])
+        while more := {d for row in digests if row & held_out for d in row - held_out}:
+            held_out |= more
+        self._eval = [row for row, d in zip(rows, digests, strict=True) if d & held_out]
+        self._train = [row for row, d in zip(rows, digests, strict=True) if not d & held_out]
+        if not self._train and not everything:
+            raise InputError(f"--data {path}: needs rows with at least two different images, one to hold out")
 
     def train_batch(self, step: int, n: int) -> list[Example]:
-        """Batch `step` of an endless stream: every epoch is a permutation of all rows, drawn from the seed."""
-
-        def order(epoch):
-            return np.random.default_rng((self.seed, epoch)).permutation(len(self._train))
-
-        positions = range(step * n, (step + 1) * n)
-        orders = {epoch: order(epoch) for epoch in {p // len(self._train) for p in positions}}
-        picks = [orders[p // len(self._train)][p % len(self._train)] for p in positions]
-        return [self._load(self._train[i]) for i in picks]
+        """Batch `step` of an endless stream: each epoch is a permutation of all rows, drawn from the seed."""
+        size, positions = len(self._train), range(step * n, (step + 1) * n)
+        epochs = {p // size for p in positions}
+        order = {epoch: np.random.default_rng((self.seed, epoch)).permutation(size) for epoch in epochs}
+        return [self._load(self._train[order[p // size][p % size]])[0] for p in positions]
 
     def eval_set(self, n: int) -> list[Example]:
-        return [self._load(row) for row in self._eval[:n]]
+        return [self._load(row)[0] for row in self._eval[:n]]
 
-    def _load(self, row) -> Example:
-        images, question, answer, source = row
-        return Example(tuple(open_image(i, source, self.read) for i in images), question, answer, source=source)
-
-
-def own_task(name: str | Path, *, seed: int = 0, eval_only: bool = False) -> OwnTask:
-    """Rows of a JSON-lines file, or with "hub:NAME[:SPLIT]" of a data set of the Hugging Face hub."""
-    name = str(name)
-    if name.startswith("hub:"):
-        rows, read = hub_rows(name)
-    else:
-        rows = jsonl_rows(Path(name))
-        read = lambda image: (Path(name).parent / image).open("rb")  # noqa: E731
-    return OwnTask(name, rows, read, seed=seed, eval_only=eval_only)
-
-
-def jsonl_rows(path: Path) -> list[tuple]:
-    """One object a line with `image` (or `images`: paths relative to the file), `question` and `answer`."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut at U+2028 inside a string
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--data {path}: cannot be read as UTF-8 text ({error})") from None
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        source = f"{path}:{number}"
+    def _rows(self) -> list[tuple]:
+        """(names of the images, question, answer, source) of each line."""
         try:
-            row = json.loads(line)
-            images = row["images"] if "images" in row else [row["image"]]
-            question, answer = row["question"], row["answer"]
-            texts = [question, *images]
-            if not isinstance(images, list) or not images or not all(isinstance(t, str) and t.encode() for t in texts):
-                raise TypeError
-            if isinstance(answer, list | dict | None):
-                raise TypeError
-        except (ValueError, KeyError, TypeError, RecursionError):
-            wanted = "one JSON object with image (or a list of images), question and answer"
-            raise InputError(f"{source}: expected {wanted}, got {line[:60]!r}") from None
-        rows.append((tuple(images), question, unboxed(str(answer)), source))
-    if not rows:
-        raise InputError(f"--data {path}: the file is empty; it needs one JSON object a line")
-    return rows
+            lines = self.path.read_text(encoding="utf-8-sig").split("\n")  # splitlines cuts at U+2028
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--data {self.path}: cannot be read as UTF-8 text ({error})") from None
+        rows = []
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            source = f"{self.path}:{number}"
+            try:
+                row = json.loads(line)
+                images = row["images"] if "images" in row else [row["image"]]
+                question, answer = row["question"], row["answer"]
+                if not isinstance(images, list) or not images or isinstance(answer, list | dict | None):
+                    raise TypeError
+                if not all(isinstance(text, str) and text.encode() for text in (question, *images)):
+                    raise TypeError
+            except (ValueError, KeyError, TypeError, RecursionError):
+                wanted = "one JSON object with image (or a list of images), question and answer"
+                raise InputError(f"{source}: expected {wanted}, got {line[:60]!r}") from None
+            if re.search(r"<\|(image|video)_pad\|>", question):
+                raise InputError(f"{source}: take the image placeholder out; write <image>, or nothing")
+            if (n := question.count(MARK)) not in (0, len(images)):
+                raise InputError(f"{source}: {n} {MARK} marks, {len(images)} images; give as many or none")
+            answer = unboxed(str(answer))
+            if not answers_match(answer, answer):
+                raise InputError(f"{source}: the answer {answer!r} is blank, so no response could be right")
+            rows.append((tuple(images), question, answer, source))
+        if not rows:
+            raise InputError(f"--data {self.path}: the file is empty; it needs one JSON object a line")
+        return rows
 
-
-def hub_rows(name: str):
-    """Rows of a data set, and what opens their images. "hub:NAME[:SPLIT]": NAME on the hub, or a folder that `datasets` wrote.
-
-    Columns may have the names in use: image or images; problem or question; answer or solution. Of a worked solution
-    the last \\boxed{...}, or what stands between <answer> tags, is the answer.
-    """
-    try:
-        import datasets
-    except ImportError:
-        raise InputError(f"--data {name} needs datasets: pip install datasets") from None
-    place, _, split = name.removeprefix("hub:").partition(":")
-    split = split or "train"
-    try:
-        if Path(place).is_dir() and any((Path(place) / f).exists() for f in ("state.json", "dataset_dict.json")):
-            rows = datasets.load_from_disk(place)
-            rows = rows[split] if isinstance(rows, datasets.DatasetDict) else rows
-        else:
-            rows = datasets.load_dataset(place, split=split)
-    except Exception as error:  # not found, no such split, no network ...
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"--data {name}: cannot be loaded as hub:NAME:SPLIT ({first[:200]})") from None
-
-    def column(*names):
-        found = [n for n in names if n in rows.column_names]
-        if not found:
-            raise InputError(f"--data {name}: has no column {' or '.join(names)}, only {', '.join(rows.column_names)}")
-        return found[0]
-
-    seen, asked, told = column("images", "image"), column("problem", "question"), column("answer", "solution")
-    kind = rows.features[seen]
-    if isinstance(kind, datasets.Image):  # keep the bytes: they are decoded when a row's turn comes
-        rows = rows.cast_column(seen, datasets.Image(decode=False))
-    elif isinstance(getattr(kind, "feature", None), datasets.Image):
-        rows = rows.cast_column(seen, type(kind)(datasets.Image(decode=False)))
-
-    def read(image):
-        row, i = image
-        value = rows[row][seen]
-        value = value[i] if isinstance(value, list) else value
-        if isinstance(value, dict) and value.get("bytes"):
-            return io.BytesIO(value["bytes"])
-        return open(value["path"] if isinstance(value, dict) else value, "rb")
-
-    found = []
-    for number, row in enumerate(rows.remove_columns([c for c in rows.column_names if c not in (seen, asked, told)])):
-        images = row[seen] if isinstance(row[seen], list) else [row[seen]]
-        source, answer = f"{name} row {number}", row[told]
-        if not images or None in images or not isinstance(row[asked], str) or isinstance(answer, list | dict | None):
-            raise InputError(f"{source}: expected an image in {seen}, text in {asked} and one answer in {told}")
-        answer = str(answer)
-        if told == "solution" and len(answer.split()) > 5 and "\\boxed{" not in answer and "<answer>" not in answer:
-            raise InputError(f"{source}: the solution has no \\boxed{{...}} and no <answer>, so it cannot be told what is right")
-        answer = unboxed(answer.split("<answer>")[-1].split("</answer>")[0])
-        found.append((tuple((number, i) for i in range(len(images))), row[asked], answer, source))
-    return found, read
-
-
-def open_image(path, source: str, read=lambda path: open(path, "rb")) -> Image.Image:
-    """Decode an image, which `read(path)` opens, to RGB, upright and over white where it is transparent.
-
-    Raises:
-        InputError: naming `source`, when it is not there or cannot be decoded.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is checked below
-            image = Image.open(file := read(path))
-        with file, image:
-            limit = Image.MAX_IMAGE_PIXELS or float("inf")
-            if image.width * image.height > limit:
-                raise InputError(f"{source}: image {path} has {image.width}x{image.height} pixels, over {limit}; shrink it")
-            if max(image.size) > 200 * min(image.size):
-                raise InputError(f"{source}: image {path} is {image.width}x{image.height}, longer than 200 to 1; crop it")
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I") or image.mode == "F":  # more than 8 bits: scale, where convert would clip
-                values = np.asarray(image, dtype=np.float32)
-                image = Image.fromarray((values * (255 / max(255, values.max()))).clip(0, 255).astype(np.uint8))
-            if image.has_transparency_data:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            return image.convert("RGB")
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"{source}: image {path} does not exist (paths are relative to the data file)") from None
-    except Exception as error:  # decoders raise nearly anything on damaged files
-        raise InputError(f"{source}: image {path} cannot be decoded, broken or too large ({error})") from None
+    def _load(self, row: tuple) -> tuple[Example, list[bytes]]:
+        """The example of a row, and its images' files."""
+        names, question, answer, source = row
+        images, files = [], []
+        for name in names:
+            try:
+                files.append((self.path.parent / name).read_bytes())
+                images.append(open_image(io.BytesIO(files[-1])))
+            except FileNotFoundError:
+                said = f"image {name} does not exist (paths are relative to the data file)"
+                raise InputError(f"{source}: {said}") from None
+            except Exception as error:  # decoders raise nearly anything on damaged files
+                raise InputError(f"{source}: image {name} cannot be decoded ({error})") from None
+        return Example(tuple(images), question, answer, source=source), files

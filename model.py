@@ -1,53 +1,32 @@
-"""The policy: a vision-language model that samples responses and scores them. Qwen2-VL and what shares its interface.
+"""The policy: a vision-language model that samples responses and scores them. Qwen2-VL and its relatives.
 
-    policy = load("tiny")                         or a folder, or a hub name such as "Qwen/Qwen2-VL-2B-Instruct"
-    prompts = policy.encode(examples, corruption)                     N prompts, their images, the corrupted images
-    rollout = policy.sample(prompts, G, ...)                          B = N * G responses, [B, T]
-    policy.log_probs(prompts, rollout, ...)                           log pi of the sampled tokens, [B, T]
-    policy.log_probs(prompts, rollout, ..., corrupted=True)           Eq. (2): the same tokens, corrupted image
-    policy.log_probs(prompts, rollout, ..., visible=without_perception(mask, roles))       Eq. (3): perception hidden
+    policy = load("tiny")                            or a folder, or a hub name: "Qwen/Qwen2-VL-2B-Instruct"
+    prompts = policy.encode(examples, corruption)    N prompts, their images, the corrupted images
+    rollout = policy.sample(prompts, G, ...)         B = N * G responses, [B, T]
+    policy.log_probs(prompts, rollout, ...)          log pi of the sampled tokens, [B, T]; corrupted=True:
+                                                     step 2, visible=without_perception(...): step 3
 
-Sampling and scoring share one function from hidden states to log-probs, so temperature and the set of allowed tokens
-cannot differ between them. Prompts are padded on the left, responses on the right.
+Sampling and scoring share the function that turns states into log-probs, its temperature and allowed tokens.
 """
 
 import copy
-import http.client
 import json
-import urllib.error
-import urllib.request
-from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import huggingface_hub
 import torch
+import transformers
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    Cache,
-    PreTrainedTokenizerFast,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-)
-from transformers.cache_utils import DynamicLayer
-from transformers.utils import cached_file
+from transformers.cache_utils import Cache, StaticLayer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
-from data import CELLS, COLORS, MARK, SHAPES, Example, InputError
-from srpo import Tags, text_and_offsets, token_bytes
-
-TAGS = Tags()
-INSTRUCTION = (
-    f"Reply in exactly this form: <{TAGS.perception}>what you see that matters for the question</{TAGS.perception}>"
-    f"<{TAGS.reasoning}>how the answer follows from it</{TAGS.reasoning}><{TAGS.answer}>the answer alone</{TAGS.answer}>"
-)
+from data import CELLS, COLORS, INSTRUCTION, MARK, SHAPES, TAGS, Example, InputError, first_line
+from srpo import text_and_offsets, token_bytes
 
 
 @dataclass
@@ -77,122 +56,101 @@ class Rollout:
 
 
 class Policy:
-    """A model, its tokenizer and its image processor. The model stays in eval mode: no dropout, ever.
+    """A model, its tokenizer and its image processor. The model stays in eval mode: no dropout, ever."""
 
-    With `share_prompts` a prompt is read once for the responses to it, in scoring and in the update as in sampling;
-    without, each response is scored with a prompt of its own: slower, the same numbers, and simpler to read (`_states`).
-    """
-
-    share_prompts = True
     adapter = None  # peft's wrapper around `model` when LoRA is in use
+    micro_batch = 16384  # tokens in memory at a time, in scoring and in the update
 
-    def __init__(self, model, tokenizer, image_processor, *, dtype: torch.dtype = torch.float32, max_pixels: int | None = None):
-        self.model, self.tokenizer, self.image_processor, self.dtype = model.eval(), tokenizer, image_processor, dtype
-        self.device = model.device
-        config = model.config
+    def __init__(self, model, tokenizer, image_processor, *, dtype=torch.float32, max_pixels=None):
+        self.model, self.tokenizer, self.image_processor = model.eval(), tokenizer, image_processor
+        self.dtype, self.device, config = dtype, model.device, model.config
         self.image_token = config.image_token_id
-        self.instruction = getattr(config, "instruction", INSTRUCTION)  # tiny has learned the form and needs none
+        self.instruction = getattr(config, "instruction", INSTRUCTION)  # tiny knows the form, and needs none
         self.patch = image_processor.patch_size
-        self.factor = self.patch * image_processor.merge_size
-        low, high = image_processor.size["shortest_edge"], image_processor.size["longest_edge"]  # areas, despite the names
+        self.factor = self.patch * image_processor.merge_size  # pixels along a side of a visual token
+        low, high = (image_processor.size[edge] for edge in ("shortest_edge", "longest_edge"))  # areas
         high = min(high, max(max_pixels or high, self.factor**2))
         self.pixels = min(low, high), high
         eos = model.generation_config.eos_token_id
         self.eos = sorted({tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None})
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos[0]
-        # A sampled placeholder would need image features in the next forward pass, and ids beyond the tokenizer have no
-        # text. Neither is sampled, and neither has a share of the probability when sampled tokens are scored.
+        # Neither sampled nor counted: placeholders, which would need image features in the next pass, and
+        # ids beyond the tokenizer, which have no text.
         vocabulary = config.get_text_config().vocab_size
-        placeholders = {config.image_token_id, config.video_token_id}
-        self.forbidden = torch.tensor(sorted(placeholders | set(range(len(tokenizer), vocabulary))), device=self.device)
+        forbidden = {config.image_token_id, config.video_token_id, *range(len(tokenizer), vocabulary)}
+        self.forbidden = torch.tensor(sorted(forbidden), device=self.device)
         self.chunk = max(1, 2**25 // vocabulary)  # positions whose logits exist at one time
-        self.bytes_of = _token_bytes(tokenizer)
-
-    # -------------------------------------------------------------------------------------------------------- prompts
+        added, words = tokenizer.get_added_vocab(), tokenizer.get_vocab().items()
+        self.bytes_of = {i: word.encode() if word in added else token_bytes(word) for word, i in words}
 
     def fit(self, image: Image.Image) -> Image.Image:
-        """RGB image resized as the model wants it: whole patches, and a number of them within the processor's limits."""
+        """RGB image as the model wants it: whole patches, as many as the processor's limits allow."""
         height, width = smart_resize(image.height, image.width, self.factor, *self.pixels)
-        image = image.convert("RGB")
-        return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
+        return image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
 
-    def encode(self, examples: list[Example], corruption: Callable[[int, Image.Image], Image.Image] | None = None) -> Prompts:
-        """Tokens, positions and pixels of the prompts.
+    def encode(self, examples: list[Example], corruption=None) -> Prompts:
+        """Tokens, positions and pixels of the prompts; InputError where a text holds an image placeholder.
 
         Args:
-            corruption: called with the example's index and each of its images, already resized, so that patches of the
-                image are patches of the model.
-        Raises:
-            InputError: the text of an example holds an image placeholder of its own.
+            corruption: (i, image) -> image, called with the example's index and each of its images, already
+                resized, so that patches of the image are patches of the model.
         """
         rows, pixels, corrupted, grids = [], [], [], []
         for i, example in enumerate(examples):
             images = [self.fit(image) for image in example.images]
             values, grid = self._patches(images)
-            pixels.append(values)
-            grids.append(grid)
-            if corruption is not None:
-                corrupted.append(self._patches([corruption(i, image) for image in images])[0])
+            pixels.append(values.to(self.device))
+            grids.append(grid.to(self.device))
+            if corruption:
+                corrupted.append(self._patches([corruption(i, x) for x in images])[0].to(self.device))
             rows.append(self._tokenize(example, grid))
-        L = max(map(len, rows))
-        ids = torch.tensor([[self.pad] * (L - len(r)) + r for r in rows])
-        mask = torch.tensor([[0] * (L - len(r)) + [1] * len(r) for r in rows])
+        ids = pad_sequence(rows, True, self.pad, "left").to(self.device)  # [N, L]
+        mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left").to(self.device)
+        kinds = (ids == self.image_token).int()
         positions, _ = self.model.model.get_rope_index(
-            input_ids=ids,
-            mm_token_type_ids=(ids == self.image_token).int(),
-            image_grid_thw=torch.cat(grids),
-            attention_mask=mask,
+            input_ids=ids, mm_token_type_ids=kinds, image_grid_thw=torch.cat(grids), attention_mask=mask
         )
-        to = self.device
-        pixels, corrupted, grids = ([x.to(to) for x in xs] for xs in (pixels, corrupted, grids))
-        return Prompts(ids.to(to), mask.to(to), positions.to(to), pixels, corrupted, grids)
+        return Prompts(ids, mask, positions, pixels, corrupted, grids)
 
     def _patches(self, images: list[Image.Image]) -> tuple[Tensor, Tensor]:
         out = self.image_processor(images=images, do_resize=False, return_tensors="pt")
         return out["pixel_values"], out["image_grid_thw"]
 
-    def _tokenize(self, example: Example, grid: Tensor) -> list[int]:
+    def _tokenize(self, example: Example, grid: Tensor) -> Tensor:
         question = example.question
         if self.instruction:
             question = "\n".join(part for part in (question, example.hint, self.instruction) if part)
         image, pieces = {"type": "image"}, question.split(MARK)
-        content = [image] * (len(grid) if len(pieces) == 1 else 0)  # in front, unless the question marks their places
+        content = [image] * (len(grid) if len(pieces) == 1 else 0)  # in front, if unmarked
         for i, piece in enumerate(pieces):
             content += [image] * (i > 0) + [{"type": "text", "text": piece}] * bool(piece)
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
+        chat = [{"role": "user", "content": content}]
+        text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        visual_tokens = iter((grid.prod(1) // self.image_processor.merge_size**2).tolist())
         if ids.count(self.image_token) != len(grid):
-            placeholder = self.tokenizer.convert_ids_to_tokens(self.image_token)
-            raise InputError(f"{example.source or 'question'}: take {placeholder} out of the text; images are added in front")
-        return [token for i in ids for token in ([i] * next(visual_tokens) if i == self.image_token else [i])]
-
-    # ------------------------------------------------------------------------------------------------------- sampling
+            mark = self.tokenizer.convert_ids_to_tokens(self.image_token)
+            raise InputError(f"{example.source or 'question'}: take {mark} out of the text")
+        visual_tokens = iter((grid.prod(1) // self.image_processor.merge_size**2).tolist())
+        times = [next(visual_tokens) if i == self.image_token else 1 for i in ids]
+        return torch.tensor(ids).repeat_interleave(torch.tensor(times))
 
     @torch.no_grad()
-    def sample(
-        self, prompts: Prompts, group_size: int, *, max_new_tokens: int, temperature: float, generator: torch.Generator
-    ) -> Rollout:
-        """Sample G responses a prompt from pi at `temperature`: no top-k, no top-p, no penalties, whatever the model's
-        generation_config says. The prompt is read once and its cache repeated for the group."""
+    def sample(self, prompts: Prompts, group_size: int, *, max_new_tokens, temperature, generator) -> Rollout:
+        """Sample G responses a prompt from pi at `temperature`: no top-k, no top-p, no penalties, whatever
+        generation_config says. Raises InputError when the policy has diverged."""
         N, L = prompts.ids.shape
         read = self._read(prompts, torch.arange(N, device=self.device))
         which = torch.arange(N, device=self.device).repeat_interleave(group_size)  # [B]
         cache, hidden = _for_rows(read, which, room=max_new_tokens)  # hidden: [B, H]
-        B = len(which)
-        ids = torch.full((B, max_new_tokens), self.pad, device=self.device)
-        logp = torch.zeros(B, max_new_tokens, device=self.device)
-        mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=self.device)
-        attention = None  # everything is visible, unless prompts are padded: then [B, 1, 1, L + max_new_tokens]
-        if not prompts.mask.all():
-            attention = torch.cat([prompts.mask[which].bool(), mask.logical_not()], 1)[:, None, None]
-        position = self._positions(prompts, which, mask.logical_not())  # [3, B, max_new_tokens]
-        alive = torch.ones(B, dtype=torch.bool, device=self.device)
-        eos = torch.tensor(self.eos, device=self.device)
-        small = self.device.type == "cpu" and hidden.numel() < 2**13
-        with self._autocast(), one_thread() if small else nullcontext():  # around the loop: weights are cast once
+        logp = torch.zeros(len(which), max_new_tokens, device=self.device)  # [B, T]
+        ids = torch.full(logp.shape, self.pad, device=self.device)  # [B, T]
+        mask = torch.zeros(logp.shape, dtype=torch.bool, device=self.device)  # [B, T]
+        attention = torch.cat([prompts.mask[which].bool(), mask], 1)[:, None, None]  # [B, 1, 1, L + T]
+        position = self._positions(prompts, which, ~mask)  # [3, B, T]
+        alive, eos = ~mask[:, 0], torch.tensor(self.eos, device=self.device)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1 if hidden.numel() < 2**13 else threads)  # sharing a small product costs more
+        with self._autocast():  # around the loop: weights are cast once
             for t in range(max_new_tokens):
                 logprobs = self._log_softmax(hidden, temperature)  # [B, vocabulary]
                 token = draw(logprobs.exp(), generator)  # [B, 1]
@@ -202,15 +160,16 @@ class Policy:
                 alive = alive & ~torch.isin(token[:, 0], eos)
                 if t + 1 == max_new_tokens or not alive.any():
                     break
+                attention[..., L + t] = True
                 hidden = self.model.model.language_model(
                     input_ids=ids[:, t : t + 1],
-                    attention_mask=None if attention is None else attention[..., : L + t + 1],
+                    attention_mask=attention,
                     position_ids=position[:, :, t : t + 1],
                     past_key_values=cache,
-                    use_cache=True,
                 ).last_hidden_state[:, -1]
+        torch.set_num_threads(threads)
         if not logp.isfinite().all():
-            raise InputError("the policy has diverged: its log-probs are not finite; start again with a lower --lr")
+            raise InputError("the policy has diverged: its log-probs are not finite; start with a lower --lr")
         T = int(mask.sum(1).max())
         return Rollout(ids[:, :T], mask[:, :T], logp[:, :T], which, read)
 
@@ -222,82 +181,60 @@ class Policy:
 
     def as_rollout(self, texts: list[str]) -> Rollout:
         """Given texts as if sampled, one a prompt, each closed by EOS. Their `logp` is unknown and left 0."""
-        rows = [self.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.tokenizer.eos_token_id] for text in texts]
-        T = max(map(len, rows))
-        ids = torch.tensor([row + [self.pad] * (T - len(row)) for row in rows], device=self.device)
-        mask = torch.tensor([[True] * len(row) + [False] * (T - len(row)) for row in rows], device=self.device)
-        return Rollout(ids, mask, torch.zeros(mask.shape, device=self.device), torch.arange(len(rows), device=self.device))
-
-    # -------------------------------------------------------------------------------------------------------- scoring
+        rows = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        rows = [torch.tensor([*row, self.tokenizer.eos_token_id]) for row in rows]
+        ids = pad_sequence(rows, True, self.pad).to(self.device)  # [B, T]
+        mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], True).to(self.device)
+        logp = torch.zeros(ids.shape, device=self.device)
+        return Rollout(ids, mask, logp, torch.arange(len(ids), device=self.device))
 
     def log_probs(
-        self,
-        prompts: Prompts,
-        rollout: Rollout,
-        *,
-        temperature: float,
-        corrupted: bool = False,
-        visible: Tensor | None = None,
-        wanted: Tensor | None = None,
-        reuse: bool = False,
+        self, prompts, rollout, *, temperature, corrupted=False, visible=None, wanted=None, reuse=False
     ) -> tuple[Tensor, Tensor]:
-        """Log-probs of the sampled tokens, fp32, and the entropy of pi at each position.
-
-        Logits are computed at wanted positions only, a chunk at a time, and again in the backward pass instead of
-        being kept: with a vocabulary of 152 000 they would otherwise be most of the memory.
+        """Log-probs of the sampled tokens, fp32, and the entropy of pi, a micro-batch of rows at a time.
 
         Args:
-            corrupted: use the corrupted images, Eq. (2).
-            visible: [B, T], response tokens that later ones may attend to, by default all; `without_perception` for
-                Eq. (3). Positions are counted over visible tokens, so hidden ones leave no gap.
-            wanted: [B, T], visible tokens whose log-prob is asked for, by default all of the response.
-            reuse: take the prompts as they were read for sampling. Right only while the weights have not moved since,
-                without gradient, and with the original images.
+            corrupted: use the corrupted images, step 2.
+            visible: [B, T], response tokens that later ones can see, by default all; `without_perception` for
+                step 3. Hidden tokens are taken out, and positions counted over the visible ones.
+            wanted: [B, T], visible tokens whose log-prob is asked for, by default all.
+            reuse: take the prompts as read for sampling; without gradient, while the weights have not moved.
         Returns:
-            logp [B, T] with gradient (outside no_grad), entropy [B, T] without, in nats; both 0 where not wanted.
+            logp [B, T] with gradient (outside no_grad), entropy [B, T] without, in nats; 0 where not wanted.
         """
         visible = rollout.mask if visible is None else visible.bool()
-        wanted = rollout.mask if wanted is None else wanted.bool()
-        empty = torch.zeros(wanted.shape, device=self.device)
-        if not wanted.any():
-            return empty, empty
-        if not self.share_prompts:
-            hidden = self._states(prompts, rollout.ids, visible, rollout.prompt, corrupted)  # [B, T, H]
-            logp, entropy = self._score(hidden[wanted], rollout.ids[wanted], temperature)
-            return empty.masked_scatter(wanted, logp), empty.masked_scatter(wanted, entropy)
-        # Leave out what no wanted token can see: hidden tokens, and all after the last wanted one.
-        kept = visible & (wanted.flip(1).cumsum(1).flip(1) > 0)
-        order = kept.long().argsort(dim=1, descending=True, stable=True)[:, : int(kept.sum(1).max())]  # [B, K], kept first
-        ids, kept, picked = (x.gather(1, order) for x in (rollout.ids, kept, wanted & visible))
-        hidden = self._states_sharing_prompts(
-            prompts, ids, kept, rollout.prompt, corrupted, rollout.read if reuse else None
-        )  # [B, K, H]
-        scores = self._score(hidden[picked], ids[picked], temperature)
-        logp, entropy = (empty.scatter(1, order, empty[:, : order.shape[1]].masked_scatter(picked, x)) for x in scores)
+        wanted = visible if wanted is None else visible & wanted.bool()
+        kept = visible & (wanted.flip(1).cumsum(1).flip(1) > 0)  # and what comes after, not read
+        logp = entropy = torch.zeros(wanted.shape, device=self.device)
+        for rows in self.micro_batches(prompts, rollout, wanted.any(1)):
+            order = kept[rows].long().argsort(dim=1, descending=True, stable=True)  # kept tokens first
+            order = order[:, : int(kept[rows].sum(1).max())]  # [b, K]
+            ids, there, asked = (x[rows].gather(1, order) for x in (rollout.ids, kept, wanted))
+            read = rollout.read if reuse else None
+            hidden = self._states(prompts, ids, there, rollout.prompt[rows], corrupted, read)  # [b, K, H]
+            scores = self._score(hidden[asked], ids[asked], temperature)
+            place = rows[:, None].expand_as(order)[asked], order[asked]
+            logp, entropy = (x.index_put(place, y) for x, y in zip((logp, entropy), scores, strict=True))
         return logp, entropy
 
-    def _states(self, prompts: Prompts, ids: Tensor, visible: Tensor, which: Tensor, corrupted: bool) -> Tensor:
-        """[B, T, H], the state that predicts each response token. The plain way: every row with a prompt of its own,
-        hidden tokens in their place with their attention mask at 0."""
-        inputs, L = self._prompt_inputs(prompts, which, corrupted), prompts.ids.shape[1]
-        inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], 1)  # [B, L + T]
-        inputs["attention_mask"] = torch.cat([inputs["attention_mask"], visible.long()], 1)
-        inputs["position_ids"] = torch.cat([inputs["position_ids"], self._positions(prompts, which, visible)], 2)
-        with self._autocast():
-            hidden = self.model.model(**inputs, use_cache=False).last_hidden_state
-        return hidden[:, L - 1 : -1]  # the state before token t predicts token t
+    def micro_batches(self, prompts: Prompts, rollout: Rollout, used: Tensor) -> list[Tensor]:
+        """Split the rows `used` [B] so that no part reads over `micro_batch` tokens: its prompts once, its
+        responses padded to the longest. One row goes whatever it costs."""
+        length, prompt, L = rollout.mask.sum(1).tolist(), rollout.prompt.tolist(), prompts.ids.shape[1]
+        batches = []
+        for b in used.nonzero()[:, 0].tolist():
+            batch = [*batches[-1], b] if batches else [b]
+            cost = len({prompt[i] for i in batch}) * L + len(batch) * max(length[i] for i in batch)
+            full = cost > self.micro_batch and len(batch) > 1
+            batches = [*batches, [b]] if full else [*batches[:-1], batch]
+        return [torch.tensor(batch, device=self.device) for batch in batches]
 
-    def _states_sharing_prompts(
-        self, prompts: Prompts, ids: Tensor, visible: Tensor, which: Tensor, corrupted: bool, read
-    ) -> Tensor:
-        """The same states and gradients, with each prompt and image read once for all responses to it."""
-        if read is None:
-            named, which_read = which.unique(return_inverse=True)
-            read = self._read(prompts, named, corrupted)
-        else:
-            which_read = which
-        cache, last = _for_rows(read, which_read)
-        first = last[:, None]  # [B, 1, H]: the prompt's last state predicts the first token
+    def _states(self, prompts, ids: Tensor, visible: Tensor, which: Tensor, corrupted: bool, read) -> Tensor:
+        """[b, K, H], the state that predicts each response token. Each prompt is read once, and the gradient
+        of all its responses flows through that one reading."""
+        named, row = which.unique(return_inverse=True) if read is None else (None, which)
+        cache, last = _for_rows(read or self._read(prompts, named, corrupted), row)
+        first = last[:, None]  # [b, 1, H]: the prompt's last state predicts the first token
         if ids.shape[1] == 1:
             return first
         with self._autocast():
@@ -306,18 +243,26 @@ class Policy:
                 attention_mask=torch.cat([prompts.mask[which], visible[:, :-1].long()], 1),
                 position_ids=self._positions(prompts, which, visible)[:, :, :-1],
                 past_key_values=cache,
-                use_cache=True,
             ).last_hidden_state
         return torch.cat([first, rest], 1)
 
     def _read(self, prompts: Prompts, which: Tensor, corrupted: bool = False) -> tuple[Cache, Tensor]:
-        """Keys and values of the prompts `which` [n], and their last states [n, H]; they end at L - 1, padded on the left."""
+        """Keys and values of the prompts `which` [n], and their last states [n, H]."""
+        pixels, rows = prompts.corrupted if corrupted else prompts.pixels, which.tolist()
         with self._autocast():
-            out = self.model.model(**self._prompt_inputs(prompts, which, corrupted), use_cache=True)
+            out = self.model.model(
+                input_ids=prompts.ids[which],
+                attention_mask=prompts.mask[which],
+                position_ids=prompts.positions[:, which],
+                pixel_values=torch.cat([pixels[i] for i in rows]),
+                image_grid_thw=torch.cat([prompts.grids[i] for i in rows]),
+                use_cache=True,
+            )
         return out.past_key_values, out.last_hidden_state[:, -1]
 
     def _score(self, hidden: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """[n, H], [n] -> log-probs [n], entropies [n]."""
+        """[n, H], [n] -> log-probs [n], entropies [n]. Logits exist a chunk at a time, and again in the
+        backward pass: with a vocabulary of 152 000 they would otherwise be most of the memory."""
 
         def score(h, i):
             logprobs = self._log_softmax(h, temperature)
@@ -326,282 +271,150 @@ class Policy:
             return logprobs.gather(1, i[:, None])[:, 0], entropy
 
         chunks = list(zip(hidden.split(self.chunk), ids.split(self.chunk), strict=True))
-        if len(chunks) == 1:  # the logits of one chunk may be kept: computing them again would need the same room
+        if len(chunks) == 1:  # a single chunk may be kept: computing it again would need the same room
             return score(hidden, ids)
         scored = [checkpoint(score, h, i, use_reentrant=False) for h, i in chunks]
         return torch.cat([s[0] for s in scored]), torch.cat([s[1] for s in scored])
 
     def _log_softmax(self, hidden: Tensor, temperature: float) -> Tensor:
-        """[n, H] -> [n, vocabulary] float32: the one place where pi is defined, for sampling and scoring alike."""
+        """[n, H] -> [n, vocabulary] float32: the one place where pi is defined, in sampling and scoring."""
         with self._autocast():
             logits = self.model.lm_head(hidden)
-        logits = logits.float() / temperature
-        return logits.index_fill(1, self.forbidden, float("-inf")).log_softmax(1)
-
-    def _prompt_inputs(self, prompts: Prompts, which: Tensor, corrupted: bool = False) -> dict:
-        """Model inputs of the prompts `which` [B], repeated as often as they are named."""
-        pixels, rows = prompts.corrupted if corrupted else prompts.pixels, which.tolist()
-        return {
-            "input_ids": prompts.ids[which],
-            "attention_mask": prompts.mask[which],
-            "position_ids": prompts.positions[:, which],
-            "pixel_values": torch.cat([pixels[i] for i in rows]),
-            "image_grid_thw": torch.cat([prompts.grids[i] for i in rows]),
-        }
+        return (logits.float() / temperature).index_fill(1, self.forbidden, float("-inf")).log_softmax(1)
 
     def _positions(self, prompts: Prompts, which: Tensor, visible: Tensor) -> Tensor:
-        """[3, B, T]: M-RoPE positions of response tokens. They count up from one past the largest of the prompt on any
-        axis, the same on all three, over visible tokens only."""
+        """[3, B, T]: M-RoPE positions of response tokens, the same on all axes: from one past the prompt's
+        largest, counted over visible tokens."""
         first = prompts.positions[:, which].amax((0, 2))[:, None] + 1
         return (first + visible.long().cumsum(1) - visible.long()).expand(3, -1, -1)
 
     def _autocast(self):
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
 
-    # ---------------------------------------------------------------------------------------------- weights and files
-
-    def add_lora(self, rank: int) -> None:
-        """Freeze everything and put trainable fp32 low-rank adapters on the language model's linear layers."""
+    def add_lora(self, rank: int, folder: str | None = None) -> None:
+        """Freeze all but fp32 low-rank adapters on the language model's layers, new or from `folder`."""
+        try:
+            import peft
+        except ImportError:
+            raise InputError("--lora and its folders need peft: pip install peft") from None
         layers = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-        config = import_peft().LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=layers)
+        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=layers)
         self.model.to(self.dtype)  # frozen weights need no fp32 masters
-        self.adapter = import_peft().get_peft_model(self.model, config)
-        self.model.eval()
+        old = folder and peft.PeftModel.from_pretrained(self.model, folder, is_trainable=True)
+        self.adapter = (old or peft.get_peft_model(self.model, config)).eval()
 
     def as_reference(self):
-        """Context in which this policy is the reference: with adapters, the same model with them off."""
+        """Context in which this policy is the reference: its adapters are off."""
         return self.adapter.disable_adapter() if self.adapter else nullcontext()
 
-    def save(self, folder: str | Path, merged: bool = False) -> None:
-        """Hugging Face layout: weights, configs, tokenizer with its chat template, image processor.
-
-        With LoRA the weights are the adapters, in peft's own layout, or with `merged` those of the whole model.
-        """
-        weights = self.adapter or self.model
-        weights = copy.deepcopy(weights).merge_and_unload() if self.adapter and merged else weights
-        weights.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        self.image_processor.save_pretrained(folder)
-
-
-@contextmanager
-def one_thread():
-    """For products of so few rows that sharing them between cores costs more than it gains."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    def save(self, folder: str | Path) -> None:
+        """Hugging Face layout; with LoRA the weights are the adapters, in peft's."""
+        for part in (self.adapter or self.model, self.tokenizer, self.image_processor):
+            part.save_pretrained(folder)
 
 
 def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """[n, vocabulary] -> one drawn index a row, [n, 1]. `torch.multinomial` draws a number for each index, this one a row."""
-    cumulative = probabilities.double().cumsum(1)  # in float32 the sum over a large vocabulary would bend the tail
+    """[n, vocabulary] -> a drawn index a row, [n, 1]. `multinomial` draws a number an index."""
+    cumulative = probabilities.double().cumsum(1)  # in float32 the sum over a large vocabulary bends the tail
     u = torch.rand(len(cumulative), 1, dtype=torch.float64, device=cumulative.device, generator=generator)
-    return torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True).clamp(max=cumulative.shape[1] - 1)
-
-
-class RoomyLayer(DynamicLayer):
-    """Keys and values of one layer with room for `room` more positions: a sampled token is written into it, where
-    `DynamicLayer` copies all that is there to a tensor one longer."""
-
-    def __init__(self, keys: Tensor, values: Tensor, room: int):
-        super().__init__()
-        self.lazy_initialization(keys, values)
-        self.length = keys.shape[2]
-        self.all_keys, self.all_values = (torch.cat([x, x.new_empty(*x.shape[:2], room, x.shape[3])], 2) for x in (keys, values))
-        self.keys, self.values = keys, values
-
-    def update(self, keys: Tensor, values: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
-        start, self.length = self.length, self.length + keys.shape[2]
-        self.all_keys[:, :, start : self.length] = keys
-        self.all_values[:, :, start : self.length] = values
-        self.keys, self.values = self.all_keys[:, :, : self.length], self.all_values[:, :, : self.length]
-        return self.keys, self.values
+    index = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
+    return index.clamp(max=cumulative.shape[1] - 1)
 
 
 def _for_rows(read: tuple[Cache, Tensor], rows: Tensor, room: int = 0) -> tuple[Cache, Tensor]:
-    """A copy of the prompts' cache and last states with one entry for each of `rows`; differentiable without `room`."""
+    """A copy of the prompts' cache and last states, one entry a row: differentiable, or with room for as many
+    tokens more, which are then written in place where a growing cache would copy all that is there."""
     cache, last = copy.copy(read[0]), read[1]
     cache.layers = [copy.copy(layer) for layer in cache.layers]
     cache.batch_select_indices(rows)
-    if room:
-        cache.layers = [RoomyLayer(layer.keys, layer.values, room) for layer in cache.layers]
+    for i, x in enumerate(cache.layers if room else []):
+        cache.layers[i] = StaticLayer(x.keys.shape[2] + room)
+        cache.layers[i].update(x.keys, x.values)
     return cache, last[rows]
 
 
-def _token_bytes(tokenizer) -> list[bytes]:
-    """Raw bytes of every token."""
-    added = tokenizer.get_added_vocab()
-    pieces = [b""] * len(tokenizer)
-    try:
-        for token, i in tokenizer.get_vocab().items():
-            pieces[i] = token.encode() if token in added else token_bytes(token)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    return pieces
-
-
-# ------------------------------------------------------------------------------------------------------------- loading
-
-
-def load(
-    name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0, max_pixels: int | None = None
-) -> Policy:
-    """The built-in model ("tiny", random weights from `seed`), a folder, or a hub name; weights are always fp32 masters.
+def load(name: str, *, device="cpu", dtype=torch.float32, seed: int = 0, max_pixels=None) -> Policy:
+    """The model "tiny", with random weights from `seed`, a folder, or a hub name, as fp32 master weights.
 
     Args:
         dtype: of computing; anything but float32 runs under autocast.
-        max_pixels: area that images are shrunk to, below the image processor's own limit; one visual token covers
-            28 x 28 pixels in Qwen2-VL and Qwen2.5-VL, 32 x 32 in Qwen3-VL.
+        max_pixels: area that images are shrunk to, below the image processor's own limit.
     Raises:
-        InputError: it cannot be found, is not a vision-language model of this family, or its weights do not match.
+        InputError: it cannot be found, is not of this family, or its weights do not match.
     """
     if name == "tiny":
         return build_tiny(seed, device=device, dtype=dtype)
-    if (Path(name) / "adapter_config.json").exists():  # saved with LoRA: the base that it names, and the adapters
-        base = json.loads((Path(name) / "adapter_config.json").read_text())["base_model_name_or_path"]
-        policy = load(base, device=device, dtype=dtype, max_pixels=max_pixels)
-        policy.model.to(dtype)
-        policy.adapter = import_peft().PeftModel.from_pretrained(policy.model, name, is_trainable=True)
-        policy.model.eval()
-        return policy
-    local = Path(name).is_dir() or not hub_answers()
     try:
-        config = AutoConfig.from_pretrained(name, local_files_only=local)
-    except Exception as error:
-        where = "is not a model folder" if Path(name).exists() else "no such folder"
-        where += ", and the hub does not answer" if local and not Path(name).is_dir() else ""
-        raise InputError(f"--model {name}: {where} ({first_line(error)})") from None
-    if not hasattr(config, "vision_config"):
-        raise InputError(f"--model {name}: a {config.model_type} model sees no images; take a Qwen-VL model")
-    if not hasattr(config, "video_token_id"):
-        raise InputError(f"--model {name}: a {config.model_type} model is not of the Qwen-VL family")
-    try:
-        model, info = AutoModelForImageTextToText.from_pretrained(
-            name, config=config, dtype=torch.float32, output_loading_info=True, local_files_only=local
+        if (file := Path(name) / "adapter_config.json").exists():
+            base = json.loads(file.read_text())["base_model_name_or_path"]
+            policy = load(base, device=device, dtype=dtype, max_pixels=max_pixels)
+            policy.add_lora(1, folder=name)
+            return policy
+        config = transformers.AutoConfig.from_pretrained(name)
+        if not hasattr(config, "video_token_id"):
+            raise ValueError(f"a {config.model_type} model, not one of the Qwen-VL family")
+        model, info = transformers.AutoModelForImageTextToText.from_pretrained(
+            name, config=config, dtype=torch.float32, output_loading_info=True
         )
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
-        tokenizer.chat_template = chat_template(name, local) or tokenizer.chat_template
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(name, local_files_only=local)
-    except Exception as error:
-        raise InputError(f"--model {name}: cannot be loaded ({first_line(error)})") from None
-    if info["missing_keys"] or info["mismatched_keys"]:  # else they would silently stay random
-        broken = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-        raise InputError(f"--model {name}: {len(broken)} weights are missing or misshapen, like {broken[0]}")
-    if "image" not in str(tokenizer.chat_template):
-        raise InputError(f"--model {name}: has no chat template with images (chat_template.json or chat_template.jinja)")
-    return Policy(model.to(device), tokenizer, image_processor, dtype=dtype, max_pixels=max_pixels)
+        if broken := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):  # else random
+            raise ValueError(f"{len(broken)} weights are missing or misshapen, like {broken[0]}")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        # Older folders keep the template for images apart from the tokenizer's own, text-only one.
+        template = transformers.ProcessorMixin.get_processor_dict(name)[0].get("chat_template")
+        tokenizer.chat_template = template or tokenizer.chat_template
+        if "image" not in str(tokenizer.chat_template):
+            raise ValueError("no chat template with images (chat_template.json or .jinja)")
+        eyes = Qwen2VLImageProcessorPil.from_pretrained(name)
+        return Policy(model.to(device), tokenizer, eyes, dtype=dtype, max_pixels=max_pixels)
+    except Exception as error:  # what is not there, not whole, or not of this kind fails in many ways
+        raise InputError(f"--model {name}: cannot be used ({first_line(error)})") from None
 
 
 def is_tiny(name: str) -> bool:
     """Whether `name` is the built-in model or a folder made from it."""
-    try:
-        adapter, config = Path(name) / "adapter_config.json", Path(name) / "config.json"
-        if adapter.exists():
-            return is_tiny(json.loads(adapter.read_text())["base_model_name_or_path"])
-        return name == "tiny" or json.loads(config.read_text()).get("instruction") == ""
-    except (OSError, ValueError):
-        return False
-
-
-def chat_template(name: str, local: bool) -> str | None:
-    """The template for images, which older folders keep apart from the tokenizer's own, text-only one."""
-    for file in ("chat_template.jinja", "chat_template.json"):
-        path = cached_file(name, file, local_files_only=local, _raise_exceptions_for_missing_entries=False)
-        if path is not None:
-            text = Path(path).read_text(encoding="utf-8")
-            return json.loads(text)["chat_template"] if file.endswith(".json") else text
-    return None
-
-
-def import_peft():
-    try:
-        import peft
-    except ImportError:
-        raise InputError("--lora and adapter folders need peft: pip install peft") from None
-    return peft
-
-
-def hub_answers(timeout: float = 5.0) -> bool:
-    """Ask once, instead of letting every download retry for half a minute. Without an answer only cached files are used."""
-    try:
-        urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=timeout).close()
-    except urllib.error.HTTPError:
-        return True
-    except (OSError, ValueError, http.client.HTTPException):
-        return False
-    return True
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    config = Path(name) / "config.json"
+    return name == "tiny" or (config.exists() and '"instruction": ""' in config.read_text(errors="replace"))
 
 
 TINY_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{% for part in message.content %}"
-    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+    "{% for message in messages %}<|im_start|>{% for part in message.content %}{% if part.type == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
     "{% endfor %}<|im_end|>{% endfor %}<|im_start|>"
 )
 
 
 def build_tiny(seed: int = 0, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Policy:
     """A Qwen2-VL of 1.02 million random weights whose words are those of the drawn tasks; 8-pixel patches."""
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
-    special += ["<|video_pad|>", "<unk>"]
-    words = [*COLORS, *SHAPES, *CELLS, *map(str, range(10)), *"What color is at How many More or more plus no so same".split()]
-    tags = [f"<{slash}{tag}>" for tag in (TAGS.perception, TAGS.reasoning, TAGS.answer) for slash in ("", "/")]
-    vocabulary = dict.fromkeys([*special, *tags, *words, *("Ġ" + w for w in words), *",.?", "Ċ", "Ġ"])
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
-    words_and_marks = Regex(r"</?[a-z]+>| ?[A-Za-z0-9]+|\s|[^\sA-Za-z0-9]")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(words_and_marks, "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
-    )
+    special = "endoftext im_start im_end vision_start vision_end image_pad video_pad".split()
+    tags = [f"<{end}{tag}>" for tag in (TAGS.perception, TAGS.reasoning, TAGS.answer) for end in ("", "/")]
+    words = "What color is at How many More or more plus no so same".split()
+    words = [*COLORS, *SHAPES, *CELLS, *"0123456789", *words]
+    special = [*(f"<|{name}|>" for name in special), "<unk>"]
+    vocabulary = [*special, *tags, *words, *("Ġ" + word for word in words), *",.?", "Ċ", "Ġ"]
+    ids = {word: i for i, word in enumerate(vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    cut = pre_tokenizers.Split(Regex(r"</?[a-z]+>| ?[A-Za-z0-9]+|\s|[^\sA-Za-z0-9]"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(special)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        unk_token="<unk>",
-        chat_template=TINY_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    )
-    ids = {name: i for i, name in enumerate(vocabulary)}
-    config = Qwen2VLConfig(
-        text_config={
-            "vocab_size": len(vocabulary),
-            "hidden_size": 128,
-            "intermediate_size": 384,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 1024,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 6, 6]},
-            "initializer_range": 0.08,  # 1 / sqrt(hidden_size): the usual 0.02 is for models ten times as wide
-            "bos_token_id": None,
-            "eos_token_id": ids["<|im_end|>"],
-            "pad_token_id": ids["<|endoftext|>"],
-        },
-        vision_config={
-            "depth": 2,
-            "embed_dim": 64,
-            "hidden_size": 128,
-            "num_heads": 4,
-            "patch_size": 8,
-            "initializer_range": 0.08,
-        },
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=True,
-        initializer_range=0.08,
-        instruction="",
-    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, chat_template=TINY_TEMPLATE, clean_up_tokenization_spaces=False,
+        eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token="<unk>",
+    )  # fmt: skip
+    spread = {"initializer_range": 0.08}  # 1 / sqrt(hidden_size); the usual 0.02 is for wide models
+    rope = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 6, 6]}
+    text = {"vocab_size": len(ids), "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
+    text |= {"bos_token_id": None, "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
+    vision = {"depth": 2, "embed_dim": 64, "hidden_size": 128, "num_heads": 4, "patch_size": 8}
+    config = transformers.Qwen2VLConfig(
+        text_config=text | spread | {"rope_parameters": rope}, vision_config=vision | spread,
+        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=True, instruction="", **spread,
+    )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = Qwen2VLForConditionalGeneration(config)
-    image_processor = Qwen2VLImageProcessorPil(patch_size=8, size={"shortest_edge": 16 * 16, "longest_edge": 96 * 96})
-    return Policy(model.to(device), tokenizer, image_processor, dtype=dtype)
+        model = transformers.Qwen2VLForConditionalGeneration(config)
+    eyes = Qwen2VLImageProcessorPil(patch_size=8, size={"shortest_edge": 16**2, "longest_edge": 96**2})
+    return Policy(model.to(device), tokenizer, eyes, dtype=dtype)
