@@ -241,17 +241,19 @@ def kl_to_reference(logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
 # open, default, alternatives (of a number, those that were studied).
 CHOICES = {
     "answer_is_reasoning": ("reasoning tokens for deriving answers", "is the answer in R?", False, (True,)),
-    "corruption": ("corrupted visual inputs", "", "patch", ("noise", "blur", "grey", "shuffle", "pixelate")),
+    "corruption": (
+        "corrupted visual inputs", "how", "patch", ("noise", "blur", "grey", "shuffle", "pixelate")
+    ),  # fmt: skip
     "p": ("corrupted visual inputs", "how strong", 0.6, (0.3, 1.0)),
     "contrast": ("visual dependency", "what is made of the log-ratio", "log-ratio", ("absolute", "k3")),
-    "corrupt_both": ("consistency with the generated perception", "so in step 3, too?", False, (True,)),
+    "corrupt_both": ("consistency with the generated perception", "the image of step 3 too?", False, (True,)),
     "role_balanced": ("shared trajectory-level baseline", "mean of the roles' means?", False, (True,)),
-    "tau": ("positive token weights", "temperature", 1.0, (0.3, 3.0)),
+    "tau": ("positive token weights", "temperature of step 6", 1.0, (0.3, 3.0)),
     "w_min": ("positive token weights", "smallest, before they are normalized", 0.5, (1e-6,)),
     "w_max": ("positive token weights", "largest, before they are normalized", 2.0, (1e6,)),
-    "normalize": ("adjust relative update magnitudes", "mean 1 over S?", True, (False,)),
-    "lam": ("adjust relative update magnitudes", "how far; 0 is GRPO", 1.0, (0.5,)),
-    "sign_aware": ("preserving ... optimization direction", "turned round where A < 0?", False, (True,)),
+    "normalize": ("adjust relative update magnitudes", "is the mean over S made 1?", True, (False,)),
+    "lam": ("adjust relative update magnitudes", "how far from weight 1; 0 is GRPO", 1.0, (0.5,)),
+    "sign_aware": ("optimization direction", "is the emphasis turned round where A < 0?", False, (True,)),
 }
 
 

@@ -374,8 +374,8 @@ def parse_options(argv: list[str]) -> tuple[argparse.Namespace, Run]:
     """The options, checked, and the folder of the run, claimed or gone back to."""
     args = build_parser().parse_args(argv)
     if args.resume:
-        if extra := {w.split("=")[0] for w in argv if w[:2] == "--"} - {"--resume", "--steps", "--micro-batch"}:
-            raise InputError(f"{min(extra)}: not with --resume, which takes the options of {args.resume}")
+        if bad := {w.split("=")[0] for w in argv if w[:2] == "--"} - {"--resume", "--steps", "--micro-batch"}:
+            raise InputError(f"{min(bad)}: not with --resume, which takes the options of {args.resume}")
         args = build_parser().parse_args([*Run(args.resume).argv(), *argv])
     args.choice = {name: v[2] for name, v in CHOICES.items()} | dict(args.choice)
     which = 0 if model.is_tiny(args.model) else 1

@@ -1,17 +1,17 @@
-"""What a training step costs: GRPO, SRPO, TRL's GRPOTrainer on the same model, another version of this project.
+"""What a training step costs: GRPO, SRPO, TRL's GRPOTrainer on the same model, another version of this.
 
     python extras/bench.py                        both shapes on this machine; TRL too where it is installed
     python extras/bench.py --conditions grpo,srpo --against ../before
                                                   beside another version: git worktree add ../before COMMIT
-    python extras/bench.py --shape 2b             Qwen2-VL-2B from its configuration, full and with LoRA, beside
-                                                  plain `generate`; on a CPU two layers of it, short responses
+    python extras/bench.py --shape 2b             Qwen2-VL-2B from its configuration, full and LoRA, beside
+                                                  `generate`; on a CPU two layers of it, short responses
     python extras/bench.py --shape 2b-group --conditions srpo-lora --dtype bfloat16 --turns 1 --steps 3
                                                   one group of it, what a micro-batch holds: peak memory
 
-Every condition runs in a process of its own, in turns, so that a busy machine slows all of them; the table has
-the median over the steps of all turns, after two warm-up steps a turn. Weights are random, so no response has
-the tags and none is right: rewards and roles are drawn instead (40 % of the tokens perception, 40 % reasoning).
-That changes what is learned, not what it costs.
+Every condition runs in a process of its own, in turns, so that a busy machine slows all of them; the table
+has the median over the steps of all turns, after two warm-up steps a turn. Weights are random, so no response
+has the tags and none is right: rewards and roles are drawn instead (40 % of the tokens perception, 40 %
+reasoning). That changes what is learned, not what it costs.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -48,16 +49,12 @@ CONDITIONS_2B = ("generate", "grpo", "srpo", "grpo-lora", "srpo-lora")
 BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense operations a second, by the data sheets
 QWEN2_VL_2B = {
     "text_config": {
-        "vocab_size": 151936,
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
+        "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+        "num_attention_heads": 12, "num_key_value_heads": 2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
     },
     "vision_config": {"depth": 32, "embed_dim": 1280, "num_heads": 16, "hidden_size": 1536, "patch_size": 14},
-}
+}  # fmt: skip
 MAKE = """import sys; from pathlib import Path
 tree, folder, shape, layers = sys.argv[1:]
 sys.path.insert(0, tree + "/extras"); import bench
@@ -66,10 +63,7 @@ bench.make_folder(Path(folder), shape)"""
 
 
 def make_folder(folder: Path, shape: str) -> None:
-    """A model of random weights in the layout of the hub. Its words are the tiny model's, and as many made-up
-    ones as it takes."""
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
-
+    """Random weights in the layout of the hub; the words are the tiny model's and made-up ones."""
     _, _, _, _, layers, width, words = SHAPES[shape]
     policy = model.build_tiny()
     sizes = QWEN2_VL_2B
@@ -83,21 +77,20 @@ def make_folder(folder: Path, shape: str) -> None:
         eyes = {"depth": 2, "embed_dim": 64, "hidden_size": width, "num_heads": 4, "patch_size": 8}
         sizes = {"text_config": text | heads | {"num_hidden_layers": layers}, "vision_config": eyes}
     special = {k: v for k, v in policy.model.config.to_dict().items() if k.endswith("_token_id")}
-    ends = {"bos_token_id": None, "eos_token_id": policy.eos[0], "pad_token_id": policy.pad}
-    sizes["text_config"] |= ends
-    config = Qwen2VLConfig(**sizes, **special, tie_word_embeddings=True, instruction="")
+    sizes["text_config"] |= {"bos_token_id": None, "eos_token_id": policy.eos[0], "pad_token_id": policy.pad}
+    config = transformers.Qwen2VLConfig(**sizes, **special, tie_word_embeddings=True, instruction="")
     torch.manual_seed(0)
-    policy.model = Qwen2VLForConditionalGeneration(config)
+    policy.model = transformers.Qwen2VLForConditionalGeneration(config)
     policy.image_processor.patch_size = config.vision_config.patch_size
     policy.image_processor.size = {"shortest_edge": 256, "longest_edge": 2**20}
     policy.save(folder)
 
 
-# ----------------------------------------------------------------------------------------------- one condition
+# ---------------------------------------------------------------------------------------------- one condition
 
 
 def draw_roles(text, offsets, **_) -> torch.Tensor:
-    """Roles in a response without tags: token 0 opens, then 40 % perception, a gap, 40 % reasoning, the answer."""
+    """Roles in a response without tags: token 0, 40 % perception, a gap, 40 % reasoning, the answer."""
     T = len(offsets)
     roles = torch.zeros(T, dtype=torch.long)
     roles[1 : 1 + 2 * T // 5], roles[3 + 2 * T // 5 : 3 + 4 * T // 5] = 1, 2
@@ -112,9 +105,9 @@ def run_ours(args, condition: str, shape: str, folder: str) -> dict:
     train.verify = lambda text, example: data.Verdict(float(rng.random()), 0.0, 0.0)
     train.summarize = train.Run.save = lambda *_: None
     options = {
-        "--model": folder, "--task": "count", "--image-size": side, "--prompts": prompts, "--group-size": group,
-        "--max-new-tokens": new_tokens, "--steps": args.steps, "--eval-size": 1, "--eval-every": 0,
-        "--save-every": 0, "--algo": condition.split("-")[0], "--device": args.device,
+        "--model": folder, "--task": "count", "--image-size": side, "--prompts": prompts,
+        "--group-size": group, "--max-new-tokens": new_tokens, "--steps": args.steps, "--eval-size": 1,
+        "--eval-every": 0, "--save-every": 0, "--algo": condition.split("-")[0], "--device": args.device,
         "--micro-batch": 4096 if shape == "2b" else 10**6,
     }  # fmt: skip
     argv = [str(x) for pair in options.items() for x in pair]
@@ -130,8 +123,7 @@ def run_ours(args, condition: str, shape: str, folder: str) -> dict:
 
 
 def run_generate(args, condition: str, shape: str, folder: str) -> dict:
-    """`generate` of transformers as it comes, on the same prompts, each repeated for its group; bf16 weights on
-    a GPU."""
+    """`generate` of transformers as it comes, on the same prompts; bf16 weights on a GPU."""
     policy = model.load(folder, device=args.device)
     side, prompts, group, new_tokens, *_ = SHAPES[shape]
     if args.device != "cpu":
@@ -142,23 +134,22 @@ def run_generate(args, condition: str, shape: str, folder: str) -> dict:
     inputs["pixel_values"] = torch.cat([x for x in read.pixels for _ in range(group)])
     inputs["image_grid_thw"] = torch.cat([x for x in read.grids for _ in range(group)])
     inputs["mm_token_type_ids"] = (ids == policy.image_token).int()
-    seconds, length = [], {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
+    options = {"do_sample": True, "top_k": 0, "min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
+    seconds = []
     for _ in range(args.steps):
         start = time.perf_counter()
-        policy.model.generate(**inputs, do_sample=True, top_k=0, **length)
+        policy.model.generate(**inputs, **options)
         if args.device != "cpu":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    phases = [[x, 0.0, 0.0] for x in seconds[WARMUP:]]
-    tokens = [prompts * group * new_tokens] * len(phases)
-    return {"phases": phases, "tokens": tokens, "peak": peak_memory(args.device)}
+    phases, tokens = [[x, 0.0, 0.0] for x in seconds[WARMUP:]], prompts * group * new_tokens
+    return {"phases": phases, "tokens": [tokens] * len(phases), "peak": peak_memory(args.device)}
 
 
 def processor_for(policy):
     """What GRPOTrainer asks of a Qwen2-VL processor, without the video part, which needs torchvision."""
-    from transformers import ProcessorMixin
 
-    class Processor(ProcessorMixin):
+    class Processor(transformers.ProcessorMixin):
         def __init__(self):
             self.tokenizer, self.image_processor = policy.tokenizer, policy.image_processor
             self.chat_template = policy.tokenizer.chat_template
@@ -172,7 +163,8 @@ def processor_for(policy):
             texts = [self.tokenizer.apply_chat_template(c, **options) for c in conversations]
             if not tokenize:
                 return texts[0] if one else texts
-            images = [[p["image"] for m in c for p in m["content"] if p["type"] == "image"] for c in conversation]
+            parts = [[part for turn in c for part in turn["content"]] for c in conversation]
+            images = [[part["image"] for part in c if part["type"] == "image"] for c in parts]
             return self(images=images, text=texts)
 
         def __call__(self, images=None, text=None, padding=False, return_tensors=None, **_):
@@ -199,17 +191,15 @@ def processor_for(policy):
 
 
 def run_trl(args, condition: str, shape: str, folder: str) -> dict:
-    """TRL's GRPOTrainer as a user starts it, less what would make it slower here: gradient checkpointing and
-    logging."""
+    """TRL's GRPOTrainer as it comes, less what would slow it down: gradient checkpointing and logging."""
     from datasets import Dataset
-    from transformers import AutoModelForImageTextToText, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     policy = model.load(folder)
     side, prompts, group, new_tokens, *_ = SHAPES[shape]
     examples = data.DrawnTask("count", size=side).train_batch(0, args.steps * prompts)
     rows = [{"prompt": [{"role": "user", "content": e.question}], "image": e.images[0]} for e in examples]
-    net = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    net = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     net.model.visual.requires_grad_(False)  # as in our default
     rng, clock, phases, generate = np.random.default_rng(0), [], [], []
 
@@ -226,7 +216,7 @@ def run_trl(args, condition: str, shape: str, folder: str) -> dict:
             clock.append(time.perf_counter())
             return result
 
-    class StepEnd(TrainerCallback):
+    class StepEnd(transformers.TrainerCallback):
         def on_step_end(self, *_, **__):
             begin, scored = clock[-2:]
             phases.append([generate[-1], scored - begin - generate[-1], time.perf_counter() - scored])
@@ -255,39 +245,33 @@ def peak_memory(device: str) -> float:
 
 
 def profile(args, shape: str, folder: str) -> None:
-    kinds = [torch.profiler.ProfilerActivity.CPU]
-    kinds += [torch.profiler.ProfilerActivity.CUDA] * args.device.startswith("cuda")
-    with torch.profiler.profile(activities=kinds) as found:
+    with torch.profiler.profile() as found:  # of all that is there to be measured
         run_ours(args, "srpo", shape, folder)
-    key = "self_cuda_time_total" if args.device.startswith("cuda") else "self_cpu_time_total"
+    key = f"self_{'cuda' if args.device.startswith('cuda') else 'cpu'}_time_total"
     print(found.key_averages().table(sort_by=key, row_limit=15, max_name_column_width=45))
 
 
-# ------------------------------------------------------------------------------------- all of them, and tables
+# ------------------------------------------------------------------------------------ all of them, and tables
 
 
 def measure(args, shape: str, folders: dict[str, str]) -> dict[str, dict]:
-    """Phases of every condition; under "old CONDITION" those of the version in `--against`. `folders`: of the
-    model, for each version."""
+    """Phases of every condition, under "old CONDITION" those of the other version; `folders` of its model."""
     results = {}
     common = ["--steps", str(args.steps), "--device", args.device, "--layers", str(args.layers)]
     common += ["--dtype", args.dtype] if args.dtype else []
     for turn in range(args.turns):
         for condition in args.conditions.split(","):
-            trees = [ROOT] + [args.against] * (args.against is not None and ours(condition))
+            ours = condition.startswith(("grpo", "srpo"))
+            trees = [ROOT] + [args.against] * bool(args.against and ours)
             for tree in trees[:: (-1) ** turn]:
                 one = ["--one", condition, shape, folders[str(tree)]]
-                found = json.loads(call(condition, [f"{tree}/extras/bench.py", *one, *common]).split("RESULT ")[1])
-                name = condition if tree == ROOT else f"old {condition}"
+                said = call(condition, [f"{tree}/extras/bench.py", *one, *common])
+                found, name = json.loads(said.split("RESULT ")[1]), f"{'old ' * (tree != ROOT)}{condition}"
                 kept = results.setdefault(name, {"phases": [], "tokens": [], "peak": 0.0})
                 kept["phases"] += found["phases"]
                 kept["tokens"] += found["tokens"]
                 kept["peak"] = max(kept["peak"], found["peak"])
     return results
-
-
-def ours(condition: str) -> bool:
-    return condition.startswith(("grpo", "srpo"))
 
 
 def call(name: str, command: list[str]) -> str:
@@ -310,8 +294,9 @@ def table(shape: str, results: dict[str, dict], device: str) -> None:
         phases = [statistics.median(p) for p in zip(*r["phases"], strict=True)]
         figures = [*phases, step[name], step[name] / step.get("grpo", step[name])]
         speed = statistics.median(n / p[0] for n, p in zip(r["tokens"], r["phases"], strict=True))
-        shown = "".join(f"{x:10.3f}" for x in figures) + f"{speed:10.0f}{r['peak']:10.2f}{len(r['phases']):10d} "
-        print(f"{name:12}{shown}{share_of_peak(name, shape, device, phases[2])}")
+        shown = [f"{x:10.3f}" for x in figures]
+        shown += [f"{speed:10.0f}{r['peak']:10.2f}{len(r['phases']):10d} "]
+        print(f"{name:12}{''.join(shown)}{share_of_peak(name, shape, device, phases[2])}")
     for a, b in (("srpo", "trl-grpo"), ("grpo", "trl-grpo"), ("srpo", "grpo")):
         if a in step and b in step:
             least = f" (floor {floor(shape, results):.2f})" if (a, b) == ("srpo", "grpo") else ""
@@ -322,19 +307,18 @@ def table(shape: str, results: dict[str, dict], device: str) -> None:
 
 
 def by_group(shape: str, results: dict[str, dict]) -> None:
-    """Seconds a step = prompt + G * response: fitted to the medians, the prompt's part is what G does not
-    change."""
+    """Seconds a step = prompt + G * response, fitted to the medians."""
     groups = [int(name.split("-G")[1]) for name in results]
     steps = [statistics.median(map(sum, r["phases"])) for r in results.values()]
     response, prompt = np.polyfit(groups, steps, 1)
     print(f"\n{shape}: prompt {prompt:.3f} s + G x {response:.3f} s a step")
     for G, step in zip(groups, steps, strict=True):
-        print(f"G = {G:3d}: {step:.3f} s, {step / G:.3f} s a response; the prompt's share {prompt / step:.2f}")
+        share = f"share of the prompt {prompt / step:.2f}"
+        print(f"G = {G:3d}: {step:.3f} s, {step / G:.3f} s a response; {share}")
 
 
 def floor(shape: str, results: dict[str, dict]) -> float:
-    """SRPO / GRPO if the two counterfactual passes cost what their tokens cost in the update, a third of it a
-    forward.
+    """SRPO / GRPO if both counterfactual passes cost what their tokens cost in the update, a third of it.
 
     The update reads each prompt once and every response token, forward and backward: three forward units a
     token. The corrupted pass reads the prompts again and the responses up to the last perception token; the
@@ -353,9 +337,8 @@ def floor(shape: str, results: dict[str, dict]) -> float:
 
 
 def share_of_peak(condition: str, shape: str, device: str, seconds: float) -> str:
-    """Of the card's bf16 peak, reached in the update: matrix products of the language model and its head alone,
-    6 operations a weight and token (4 with LoRA, whose frozen weights need no gradient), every prompt read
-    once."""
+    """Of the card's bf16 peak, reached in the update: matrix products of the language model and its head,
+    6 operations a weight and token (4 with LoRA: no gradient of frozen weights), each prompt read once."""
     card = "" if device == "cpu" else torch.cuda.get_device_name(device)
     peak = [p for name, p in BF16_PEAK.items() if name in card]
     if not peak or not shape.startswith("2b") or not seconds:
@@ -374,9 +357,9 @@ def options() -> argparse.Namespace:
     """The command line's, checked."""
     form = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=form)
-    add, many = parser.add_argument, f"default: {','.join(CONDITIONS)}; for 2b: {','.join(CONDITIONS_2B)}"
+    add = parser.add_argument
     add("--shape", default="short,long", help=f"of {', '.join(SHAPES)}")
-    add("--conditions", help=many)
+    add("--conditions", help=f"default: {','.join(CONDITIONS)}; for 2b: {','.join(CONDITIONS_2B)}")
     add("--turns", type=int, default=3, help="how often each condition runs")
     add("--steps", type=int, default=7, help=f"steps a turn, of which {WARMUP} warm up")
     add("--against", type=Path, metavar="DIR", help="run ours from this other version, too, and compare")
@@ -418,10 +401,10 @@ def main() -> None:
         if args.conditions != chosen:
             print("trl-grpo is left out: pip install trl==1.16.0")
         with tempfile.TemporaryDirectory() as temporary:
-            folders = {}  # a model for each version, saved by it
-            for i, tree in enumerate([ROOT, args.against][: 1 + bool(args.against)]):
-                folders[str(tree)] = f"{temporary}/{i}"
-                call("the model", ["-c", MAKE, str(tree), f"{temporary}/{i}", shape, str(SHAPES[shape][4])])
+            trees = map(str, [ROOT] + [args.against] * bool(args.against))
+            folders = {tree: f"{temporary}/{i}" for i, tree in enumerate(trees)}
+            for tree, folder in folders.items():  # each version saves a model of its own
+                call("the model", ["-c", MAKE, tree, folder, shape, str(SHAPES[shape][4])])
             if args.profile:
                 profile(args, shape, folders[str(ROOT)])
             elif args.groups:

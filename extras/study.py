@@ -1,13 +1,14 @@
-"""Does role-aware credit help? GRPO, SRPO and every open choice of SRPO, on tasks whose evidence has a ground truth.
+"""Does role-aware credit help? GRPO, SRPO and its open choices, on tasks whose evidence has a ground truth.
 
-    python extras/study.py --quick         2 seeds, one task, three conditions: under ten minutes on two CPU cores
-    python extras/study.py                 everything; stop it at will, it goes on where it stopped
-    python extras/study.py --table         only the tables, from what has been run
+    python extras/study.py --quick      2 seeds, one task, three conditions: under ten minutes on two cores
+    python extras/study.py              everything; stop it at will, it goes on where it stopped
+    python extras/study.py --table      only the tables, from what has been run
 
-Needs `pip install scipy`. Runs are paired: for one task and seed, every condition starts from the same warmed-up model
-and sees the same questions in the same order. Results go to DIR/study.csv, one row a run, and DIR/study.md; the runs themselves
-are kept beside them (`extras/report.py` draws them). The tables give interquartile means with 95 % stratified bootstrap intervals, paired
-differences to GRPO and the probability of improvement over it (Agarwal et al. 2021, "Deep RL at the statistical precipice").
+Needs `pip install scipy`. Runs are paired: for one task and seed, every condition starts from the same model
+and sees the same questions in the same order. Results go to DIR/study.csv, one row a run, and DIR/study.md;
+the runs themselves are kept beside them (`extras/report.py` draws them). The tables give interquartile means
+with 95 % stratified bootstrap intervals, paired differences to GRPO and the probability of improvement over
+it (Agarwal et al. 2021, "Deep RL at the statistical precipice").
 """
 
 import argparse
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -29,47 +31,41 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+import transformers  # noqa: E402
 
+import credit  # noqa: E402
 import train  # noqa: E402
 from corrupt import corrupt  # noqa: E402
-from srpo import Role, token_weights  # noqa: E402
+from srpo import CHOICES, Role, token_weights  # noqa: E402
 
-# Condition -> options of train.py. Those of SRPO that change one open choice are named after it.
-CONDITIONS = {
-    "grpo": "--algo grpo",
-    "srpo": "",
-    "shuffled": "",  # the three in WEIGHTS below exist to be compared with
-    "perception-only": "",
-    "reasoning-only": "",
-    "role-balanced": "--role-balanced",
-    "sign-aware": "--sign-aware",
-    "no-renormalization": "--no-renormalization",
-    "answer-is-reasoning": "--answer-is-reasoning",
-    "corrupt-both": "--corrupt-both",
-    "softmax": "--w-min 1e-6 --w-max 1e6",
-    "noise": "--corruption noise",
-    "blur": "--corruption blur",
-    "grey": "--corruption grey",
-    "shuffle": "--corruption shuffle",
-    "pixelate": "--corruption pixelate",
-    "p=0.3": "--corruption-p 0.3",
-    "p=1": "--corruption-p 1",
-    "tau=0.3": "--tau 0.3",
-    "tau=3": "--tau 3",
-    "role-baselines": "",  # the last three were added after the first results, to find out why
-    "role-baselines+sign": "--sign-aware",
-    "inverted": "",
-}
+
+def alternatives() -> dict[str, str]:
+    """Condition -> options of train.py, one for every alternative of every open choice."""
+    spelled = lambda x: f"{x:g}" if isinstance(x, float) else str(x).lower()  # noqa: E731
+    found = [f"{name}={spelled(x)}" for name, choice in CHOICES.items() for x in choice[3]]
+    limits = [text for text in found if text.startswith(("w_min", "w_max"))]
+    found = {text: f"--choice {text}" for text in found if text not in limits}
+    return found | {"softmax": " ".join(f"--choice {text}" for text in limits)}  # both limits out of the way
+
+
+# Those without options have a function in WEIGHTS below, but for srpo itself.
+CONDITIONS = {"grpo": "--algo grpo", "srpo": "", "shuffled": "", "perception-only": "", "reasoning-only": ""}
+CONDITIONS |= alternatives()
+# These were added after the first results, to find out why.
+CONDITIONS |= {"role-baselines": "", "role-baselines+sign": "--choice sign_aware=true", "inverted": ""}
 MAIN, MAIN_SEEDS, OTHER_SEEDS = ("grpo", "srpo", "shuffled"), 10, 5
 TASKS = ("count", "compare", "add")
-OPTIONS = "--steps 40 --prompts 16 --lr 1e-4 --warmup-noise 0.25 --eval-every 10 --eval-size 256 --save-every 0"
+OPTIONS = "--steps 40 --prompts 16 --lr 1e-4 --warmup-noise 0.25 --eval-every 10 --eval-size 256"
+OPTIONS += " --save-every 0"
 FINAL = 512  # held-out examples of the last evaluation
-# wrong_reason: accuracy - grounded. corrupted, swapped: accuracy with the image painted over, with another question's image.
-# curve: mean accuracy over training. seconds: of one core, evaluations included (extras/bench.py has the cost of a step).
-OUTCOMES = ("accuracy", "grounded", "wrong_reason", "consistent", "perception", "corrupted", "swapped", "curve", "seconds")
+# wrong_reason: accuracy - grounded. corrupted, swapped: accuracy with the image painted over, with another
+# question's image. curve: mean accuracy over training. seconds: of one core, evaluations included
+# (extras/bench.py has the cost of a step).
+OUTCOMES = ("accuracy", "grounded", "wrong_reason", "consistent", "perception", "corrupted", "swapped")
+OUTCOMES += ("curve", "seconds")
 
 
-# ------------------------------------------------------------------------------------------------------ what is compared
+# ------------------------------------------------------------------------------------------- what is compared
 
 
 def shuffled(scores, roles, **options):
@@ -84,13 +80,14 @@ def shuffled(scores, roles, **options):
 def only(role: Role):
     """SRPO's weights inside one role, with a baseline of its own; weight 1 in the other."""
 
-    def weights(scores, roles, **options):
+    def weights(scores, roles, *, tau, w_min, w_max, flip=None, **others):
         w = torch.ones_like(scores)
-        usable = (token_weights(scores, roles, **options) != 1).any(1)  # not the rows of Eq. (9)
+        same = {"tau": tau, "w_min": w_min, "w_max": w_max, "flip": flip, **others}
+        usable = (token_weights(scores, roles, **same) != 1).any(1)  # not the rows of step 9
         for row in usable.nonzero()[:, 0]:
             where = roles[row] == role
-            delta = scores[row, where] * (-1 if options["flip"] is not None and options["flip"][row] else 1)
-            x = torch.exp(((delta - delta.mean()) / options["tau"]).clamp(np.log(options["w_min"]), np.log(options["w_max"])))
+            delta = scores[row, where] * (-1 if flip is not None and flip[row] else 1)
+            x = torch.exp(((delta - delta.mean()) / tau).clamp(np.log(w_min), np.log(w_max)))
             w[row, where] = x / x.mean()
         return w
 
@@ -99,8 +96,8 @@ def only(role: Role):
 
 def role_baselines(scores, roles, **options):
     """A baseline and a mean weight of 1 for each role: nothing moves from one role to the other."""
-    perception, reasoning = (only(role)(scores, roles, **options) for role in (Role.PERCEPTION, Role.REASONING))
-    return torch.where(roles == Role.PERCEPTION, perception, reasoning)
+    perception = only(Role.PERCEPTION)(scores, roles, **options)
+    return torch.where(roles == Role.PERCEPTION, perception, only(Role.REASONING)(scores, roles, **options))
 
 
 def inverted(scores, roles, **options):
@@ -122,10 +119,10 @@ WEIGHTS = {
 def run(job: tuple[str, str, int, str, str]) -> dict:
     """One training run and its last evaluations, as a row of the table."""
     task, condition, seed, out, options = job
-    torch.set_num_threads(1)  # two runs beside each other are faster than one on two cores
     folder = Path(out) / f"{task}-{condition}-seed{seed}"
     shutil.rmtree(folder, ignore_errors=True)
-    argv = f"--task {task} --seed {seed} --device cpu {options} {CONDITIONS[condition]} --cache {out}/cache --out {folder}".split()
+    argv = f"--task {task} --seed {seed} --device cpu {options} {CONDITIONS[condition]}".split()
+    argv += ["--out", str(folder)]
     SHUFFLE.manual_seed(seed)
     train.token_weights = WEIGHTS.get(condition, token_weights)
     start = time.process_time()  # of one thread: what it would take on an idle core
@@ -135,23 +132,25 @@ def run(job: tuple[str, str, int, str, str]) -> dict:
     if status:
         raise RuntimeError(f"python train.py {' '.join(argv)}: {said.getvalue().strip().splitlines()[-1:]}")
     seconds = time.process_time() - start
-    args = train.build_parser().parse_args(argv)
-    args.__dict__ |= json.loads((folder / "args.json").read_text())
-    policy = train.prepare(args, folder)[0]
-    examples = train.drawn_task(args).eval_set(FINAL)
-    blind = [replace(e, images=(corrupt(e.images[0], "patch", patch=policy.patch, p=1.0, seed=0),)) for e in examples]
+    args, policy, step = credit.finished(folder)
+    examples = credit.task_of(args).eval_set(FINAL)
+    paint = {"kind": "patch", "patch": policy.patch, "p": 1.0}
+    blind = [replace(e, images=(corrupt(e.images[0], seed=0, **paint),)) for e in examples]
     other = [replace(e, images=f.images) for e, f in zip(examples, [*examples[1:], examples[0]], strict=True)]
-    final, unseen, swapped = (train.evaluate(policy, x, args)[0] for x in (examples, blind, other))
-    records = train.read_log(folder)
+    measure = partial(train.evaluate, policy, judge=credit.judge_of(args), args=args, step=step)
+    final, unseen, swapped = (measure(x)["eval"] for x in (examples, blind, other))
+    records = train.Run(folder).log()
     curve = [r["eval"]["accuracy"] for r in records if "eval" in r]
-    weights = {k: np.mean([r[k] for r in records if r.get(k) is not None]) for k in ("w_perception", "w_reasoning")}
-    return {
-        "task": task, "condition": condition, "seed": seed, "commit": commit(), "options": options, "start": curve[0],
-        "accuracy": final["accuracy"], "grounded": final["grounded"], "wrong_reason": final["accuracy"] - final["grounded"],
-        "consistent": final["consistent"], "perception": final["perception"], "corrupted": unseen["accuracy"],
-        "swapped": swapped["accuracy"], "curve": (sum(curve) - (curve[0] + curve[-1]) / 2) / (len(curve) - 1),
-        "seconds": seconds, **weights,
-    }  # fmt: skip
+    area = (sum(curve) - (curve[0] + curve[-1]) / 2) / (len(curve) - 1)
+    row = {"task": task, "condition": condition, "seed": seed, "commit": commit(), "options": options}
+    row |= {"start": curve[0], "accuracy": final["accuracy"], "grounded": final["grounded"]}
+    row["wrong_reason"] = final["accuracy"] - final["grounded"]
+    row |= {name: final[name] for name in ("consistent", "perception")}
+    row |= {"corrupted": unseen["accuracy"], "swapped": swapped["accuracy"]}
+    row |= {"curve": area, "seconds": seconds}
+    for name in ("w_perception", "w_reasoning"):
+        row[name] = np.mean([r[name] for r in records if r.get(name) is not None])
+    return row
 
 
 def commit() -> str:
@@ -159,15 +158,21 @@ def commit() -> str:
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
-def warm(job: tuple[str, int, str, str]) -> None:
-    task, seed, out, options = job
+def begin(cache: str) -> None:
+    """A worker: two runs beside each other are faster than one on two cores."""
     torch.set_num_threads(1)
-    args = train.build_parser().parse_args(f"--task {task} --seed {seed} --device cpu {options} --cache {out}/cache".split())
-    args.dtype, args.image_size = "float32", train.DEFAULTS["image_size"][0]
+    transformers.utils.logging.disable_progress_bar()
+    os.environ["XDG_CACHE_HOME"] = cache  # warmed-up models belong to the study
+
+
+def warm(job: tuple[str, int, str]) -> None:
+    task, seed, options = job
+    args = train.build_parser().parse_args(f"--task {task} --seed {seed} --device cpu {options}".split())
+    args.image_size = args.image_size or train.DEFAULTS["image_size"][0]
     train.warmed_up(args)
 
 
-# --------------------------------------------------------------------------------------------------------- run and record
+# --------------------------------------------------------------------------------------------- run and record
 
 
 def read(path: Path) -> list[dict]:
@@ -176,7 +181,8 @@ def read(path: Path) -> list[dict]:
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     text = ("task", "condition", "commit", "options")
-    return [{k: v if k in text else int(v) if k == "seed" else float(v) for k, v in row.items()} for row in rows]
+    kind = lambda k: str if k in text else int if k == "seed" else float  # noqa: E731
+    return [{k: kind(k)(v) for k, v in row.items()} for row in rows]
 
 
 def append(path: Path, row: dict) -> None:
@@ -190,10 +196,11 @@ def append(path: Path, row: dict) -> None:
 
 
 def planned(conditions, tasks, seeds: int | None, others: int) -> list[tuple[str, str, int]]:
-    """(task, condition, seed): the main conditions first, then the others, each seed by seed, so that wherever it stops
-    what is there is balanced."""
-    main = [(task, c, seed) for seed in range(seeds) for c in conditions if c in MAIN for task in tasks]
-    return main + [(task, c, seed) for seed in range(others) for c in conditions if c not in MAIN for task in tasks]
+    """(task, condition, seed): the main conditions first, then the others, each seed by seed, so that what is
+    there is balanced, wherever it stops."""
+    jobs = [(task, c, seed) for seed in range(max(seeds, others)) for c in conditions for task in tasks]
+    main = [job for job in jobs if job[1] in MAIN and job[2] < seeds]
+    return main + [job for job in jobs if job[1] not in MAIN and job[2] < others]
 
 
 def study(jobs, out: Path, options: str, workers: int) -> None:
@@ -202,20 +209,21 @@ def study(jobs, out: Path, options: str, workers: int) -> None:
     todo = [job for job in jobs if job not in done]
     if not todo:
         return
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+    with multiprocessing.get_context("spawn").Pool(workers, begin, [str(out / "cache")]) as pool:
         starts = sorted({(seed, task) for task, _, seed in todo})
         print(f"{len(starts)} warmed-up models, {len(todo)} runs, {workers} at a time", flush=True)
-        pool.map(warm, [(task, seed, str(out), options) for seed, task in starts], chunksize=1)
-        begin = time.perf_counter()
+        pool.map(warm, [(task, seed, options) for seed, task in starts], chunksize=1)
+        start = time.perf_counter()
         rows = pool.imap_unordered(run, [(*job, str(out), options) for job in todo])
         for i, row in enumerate(rows, 1):
             append(out / "study.csv", row)
-            left = (time.perf_counter() - begin) / i * (len(todo) - i) / 60
-            name = f"{row['task']} {row['condition']} seed {row['seed']}"
-            print(f"[{i}/{len(todo)}] {name}: accuracy {row['start']:.2f} -> {row['accuracy']:.2f}, grounded {row['grounded']:.2f}; {left:.0f} minutes left", flush=True)
+            left = (time.perf_counter() - start) / i * (len(todo) - i) / 60
+            said = f"[{i}/{len(todo)}] {row['task']} {row['condition']} seed {row['seed']}: accuracy "
+            said += f"{row['start']:.2f} -> {row['accuracy']:.2f}, grounded {row['grounded']:.2f}"
+            print(f"{said}; {left:.0f} minutes left", flush=True)
 
 
-# ------------------------------------------------------------------------------------------------------------- the tables
+# ------------------------------------------------------------------------------------------------- the tables
 
 
 def iqm(*strata, axis=-1):
@@ -232,44 +240,57 @@ def interval(strata: list[np.ndarray], statistic=iqm) -> str:
     value = float(statistic(*strata))
     if min(map(len, strata)) < 2 or all(np.ptp(x) == 0 for x in strata):
         return f"{value:.3f}"
-    found = bootstrap(strata, statistic, n_resamples=2000, method="percentile", vectorized=True, rng=np.random.default_rng(0))
+    options = {"n_resamples": 2000, "method": "percentile", "rng": np.random.default_rng(0)}
+    found = bootstrap(strata, statistic, vectorized=True, **options)
     low, high = found.confidence_interval
     return f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def improvement(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Probability that a run of x is better than one of y, over all pairs of seeds."""
-    return np.mean((x[..., :, None] > y[..., None, :]) + 0.5 * (x[..., :, None] == y[..., None, :]), axis=(-2, -1))
+    x, y = x[..., :, None], y[..., None, :]
+    return np.mean((x > y) + 0.5 * (x == y), axis=(-2, -1))
 
 
 def tables(rows: list[dict]) -> str:
-    """Markdown: outcomes of each condition over all tasks, then differences to GRPO on the seeds that both have."""
+    """Markdown: outcomes of each condition over all tasks, then differences to GRPO on the seeds of both."""
     tasks = sorted({r["task"] for r in rows}, key=train.data.TASKS.index)
-    value = {(r["task"], r["condition"], r["seed"], k): r[k] for r in rows for k in (*OUTCOMES, "start")}
-    seeds = {c: [sorted({r["seed"] for r in rows if (r["task"], r["condition"]) == (t, c)}) for t in tasks] for c in CONDITIONS}
+    value = {(r["task"], r["condition"], r["seed"]): r for r in rows}
+    seeds = {c: [sorted(s for t, d, s in value if (t, d) == (task, c)) for task in tasks] for c in CONDITIONS}
     complete = [c for c in CONDITIONS if all(seeds[c])]
-    column = lambda c, k, which: [np.array([value[t, c, s, k] for s in ss]) for t, ss in zip(tasks, which, strict=True)]  # noqa: E731
 
-    lines = [f"Interquartile mean over {', '.join(tasks)} [95 % interval].", "", "| condition | runs | " + " | ".join(OUTCOMES) + " |"]
-    lines.append("|---" * (len(OUTCOMES) + 2) + "|")
+    def column(condition: str, name: str, which: list[list[int]]) -> list[np.ndarray]:
+        """An outcome of a condition, by task, at these seeds."""
+        pairs = zip(tasks, which, strict=True)
+        return [np.array([value[task, condition, seed][name] for seed in seeds]) for task, seeds in pairs]
+
+    def table(head: str, names) -> list[str]:
+        return [f"| {head} | " + " | ".join(names) + " |", "|---" * (head.count("|") + 1 + len(names)) + "|"]
+
+    lines = [f"Interquartile mean over {', '.join(tasks)} [95 % interval].", ""]
+    lines += table("condition | runs", OUTCOMES)
     for c in complete:
-        cells = [interval(column(c, k, seeds[c])) if k != "seconds" else f"{iqm(*column(c, k, seeds[c])):.0f}" for k in OUTCOMES]
+        cells = [interval(column(c, name, seeds[c])) for name in OUTCOMES[:-1]]
+        cells.append(f"{iqm(*column(c, 'seconds', seeds[c])):.0f}")
         lines.append(f"| {c} | {sum(map(len, seeds[c]))} | " + " | ".join(cells) + " |")
     compared = ("accuracy", "grounded", "wrong_reason", "curve")
-    lines += ["", "Paired difference to GRPO, same task and seed; P: probability of a more accurate, and of a more grounded run.", ""]
-    lines += ["| condition | pairs | " + " | ".join(compared) + " | P accuracy | P grounded |", "|---" * (len(compared) + 4) + "|"]
-    for c in complete:
-        if c == "grpo" or "grpo" not in complete:
-            continue
+    told = "P: probability of a more accurate, and of a more grounded run."
+    lines += ["", f"Paired difference to GRPO, same task and seed; {told}", ""]
+    lines += table("condition | pairs", (*compared, "P accuracy", "P grounded"))
+    for c in [c for c in complete if c != "grpo" and "grpo" in complete]:
         both = [sorted(set(a) & set(b)) for a, b in zip(seeds[c], seeds["grpo"], strict=True)]
-        cells = [interval([x - y for x, y in zip(column(c, k, both), column("grpo", k, both), strict=True)]) for k in compared]
-        cells += [chance(column(c, k, both), column("grpo", k, both)) for k in ("accuracy", "grounded")]
+        ours, theirs = ({name: column(x, name, both) for name in compared} for x in (c, "grpo"))
+        pairs = {name: list(zip(ours[name], theirs[name], strict=True)) for name in compared}
+        cells = [interval([x - y for x, y in pairs[name]]) for name in compared]
+        cells += [chance(ours[name], theirs[name]) for name in ("accuracy", "grounded")]
         lines.append(f"| {c} | {sum(map(len, both))} | " + " | ".join(cells) + " |")
-    lines += ["", "By task, mean over seeds.", "", "| task | condition | seeds | start | accuracy | grounded | wrong reason | swapped |", "|---" * 8 + "|"]
-    for i, t in enumerate(tasks):
+    shown = ("start", "accuracy", "grounded", "wrong_reason", "swapped")
+    lines += ["", "By task, mean over seeds.", ""]
+    lines += table("task | condition | seeds", [name.replace("_", " ") for name in shown])
+    for i, task in enumerate(tasks):
         for c in complete:
-            cells = [np.mean([value[t, c, s, k] for s in seeds[c][i]]) for k in ("start", "accuracy", "grounded", "wrong_reason", "swapped")]
-            lines.append(f"| {t} | {c} | {len(seeds[c][i])} | " + " | ".join(f"{x:.3f}" for x in cells) + " |")
+            cells = [f"{column(c, name, seeds[c])[i].mean():.3f}" for name in shown]
+            lines.append(f"| {task} | {c} | {len(seeds[c][i])} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -277,22 +298,25 @@ def chance(xs: list[np.ndarray], ys: list[np.ndarray]) -> str:
     """Probability of improvement, averaged over tasks, with its interval."""
 
     def statistic(*strata, axis=-1):
-        return np.mean([improvement(a, b) for a, b in zip(strata[: len(xs)], strata[len(xs) :], strict=True)], axis=0)
+        pairs = zip(strata[: len(xs)], strata[len(xs) :], strict=True)
+        return np.mean([improvement(x, y) for x, y in pairs], axis=0)
 
     return interval([*xs, *ys], statistic)
 
 
 def main() -> None:
-    parser = train.Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="2 seeds of the first task, GRPO, SRPO and shuffled")
-    parser.add_argument("--conditions", default=",".join(CONDITIONS), help="of these")
-    parser.add_argument("--tasks", default=",".join(TASKS), help="of lookup, count, compare, add")
-    parser.add_argument("--seeds", type=int, default=MAIN_SEEDS, help=f"of {', '.join(MAIN)}")
-    parser.add_argument("--other-seeds", type=int, default=OTHER_SEEDS, help="of the other conditions")
-    parser.add_argument("--options", default=OPTIONS, help="of train.py, for every run")
-    parser.add_argument("--out", default="out/study", help="where study.csv and the runs go")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one core each")
-    parser.add_argument("--table", action="store_true", help="run nothing, print the tables")
+    form = argparse.ArgumentDefaultsHelpFormatter
+    parser = train.Parser(description=__doc__.splitlines()[0], formatter_class=form)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="2 seeds of the first task, GRPO, SRPO and shuffled")
+    add("--conditions", default=",".join(CONDITIONS), help="of these")
+    add("--tasks", default=",".join(TASKS), help="of lookup, count, compare, add")
+    add("--seeds", type=int, default=MAIN_SEEDS, help=f"of {', '.join(MAIN)}")
+    add("--other-seeds", type=int, default=OTHER_SEEDS, help="of the other conditions")
+    add("--options", default=OPTIONS, help="of train.py, for every run")
+    add("--out", default="out/study", help="where study.csv and the runs go")
+    add("--workers", type=int, default=os.cpu_count(), help="runs at a time, one core each")
+    add("--table", action="store_true", help="run nothing, print the tables")
     args = parser.parse_args()
     try:
         import scipy  # noqa: F401

@@ -1,10 +1,16 @@
-"""Tests of the report, the study and the contrast figures: pip install scipy pytest, then python -m pytest -q extras/test_extras.py"""
+"""Tests of the report, the study, the contrast figures, the bench and the reward for formulas.
+
+pip install scipy 'math-verify[antlr4_13_2]' pytest, then python -m pytest -q extras/test_extras.py
+"""
 
 import base64
 import io
 import json
 import re
+import subprocess
 import sys
+from argparse import Namespace
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,33 +22,49 @@ from PIL import Image
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+import bench  # noqa: E402
 import contrast  # noqa: E402
+import credit  # noqa: E402
 import report  # noqa: E402
 import study  # noqa: E402
 
 import data  # noqa: E402
-from srpo import Role, token_weights  # noqa: E402
+import model  # noqa: E402
+import train  # noqa: E402
+from srpo import CHOICES, Role, token_weights  # noqa: E402
 
 EVIL = '<script>alert("x")</script>'
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Where the warmed-up tiny model is made once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+# --------------------------------------------------------------------------------------------- report
+
+
 def make_run(folder: Path, seed: int, accuracy: float, text: str = "ab", name: str = "a") -> Path:
-    """Files of a run of train.py, with one kept response of two tokens and EOS."""
+    """Files of a run of train.py, and beside them a group whose one response has two tokens and EOS."""
     run = folder / f"{name}-seed{seed}"
     run.mkdir()
-    (run / "args.json").write_text(json.dumps({"algo": "srpo", "seed": seed, "tau": 1.0}))
+    options = {"algo": "srpo", "seed": seed, "argv": ["--seed", str(seed)], "choice": {"tau": 1.0}}
+    (run / "args.json").write_text(json.dumps(options))
     evals = {"accuracy": accuracy, "grounded": accuracy / 2, "perception": 0.5, "consistent": 1.0}
-    metrics = [{"step": 0, "eval": evals}, {"step": 1, "reward": 0.5, "w_perception": 1.2}, {"step": 2, "eval": evals}]
+    step = {"step": 1, "reward": 0.5, "w_perception": 1.2}
+    metrics = [{"step": 0, "eval": evals}, step, {"step": 2, "eval": evals}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in metrics))
-    file = io.BytesIO()
-    Image.new("RGB", (4, 4), "red").save(file, "PNG")
-    picture = base64.b64encode(file.getvalue()).decode()
+    picture = report.png(Image.new("RGB", (4, 4), "red"))
     response = {
-        "text": text, "offsets": [[0, 1], [1, len(text)]], "roles": [1, 2, 0], "delta": [1.5, -0.25, 0.0], "weights": [1.75, 0.5, 1.0],
-        "advantages": [1.4, 0.4, 0.8], "advantage": 0.8, "baseline": 0.625, "reward": 1.0, "accuracy": 1.0, "format": 1.0, "grounded": 0.0,
+        "text": text, "offsets": [[0, 1], [1, len(text)]], "roles": [1, 2, 0], "delta": [1.5, -0.25, 0.0],
+        "weights": [1.75, 0.5, 1.0], "advantages": [1.4, 0.4, 0.8], "advantage": 0.8, "baseline": 0.625,
+        "reward": 1.0, "accuracy": 1.0, "format": 1.0, "grounded": 0.0,
     }  # fmt: skip
-    group = {"step": 1, "question": EVIL, "answer": EVIL, "images": [picture], "corrupted": [picture], "responses": [response]}
-    (run / "samples.jsonl").write_text(json.dumps(group) + "\n")
+    group = {"step": 1, "question": EVIL, "answer": EVIL, "images": [picture], "corrupted": [picture]}
+    (run / "groups.json").write_text(json.dumps([group | {"responses": [response]}]))
     return run
 
 
@@ -61,39 +83,107 @@ class Reader(HTMLParser):
         self.text += text
 
 
-def test_report_shows_everything_and_runs_nothing(tmp_path, capsys):
-    runs = [make_run(tmp_path, s, 0.5 + 0.1 * s, text="a" + EVIL) for s in range(3)] + [make_run(tmp_path, 0, 0.9, name="b" + "&<i>")]
+def test_report_shows_everything_and_runs_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(report, "sample_groups", lambda run: json.loads((run / "groups.json").read_text()))
+    runs = [make_run(tmp_path, seed, 0.5 + 0.1 * seed, text="a" + EVIL) for seed in range(3)]
+    runs.append(make_run(tmp_path, 0, 0.9, name="b" + "&<i>"))
     out, png, svg = (tmp_path / f"report.{end}" for end in ("html", "png", "svg"))
     assert report.main([*map(str, runs), "--out", str(out), "--png", str(png), "--svg", str(svg)]) == 0
     page = Reader(out.read_text(encoding="utf-8"))
     assert not {"script", "i"} & {tag for tag, _ in page.tags}
-    assert page.text.count(EVIL) == 3 + 2  # question and answer in one run of each name, and the response of the first
+    assert page.text.count(EVIL) == 3 + 2  # question and answer for each name, and a response
     sources = [a["src"] for _, a in page.tags if "src" in a]
-    assert len(sources) == 4 and all(s.startswith("data:image/png;base64,") for s in sources) and not any("href" in a for _, a in page.tags)
+    assert len(sources) == 4 and all(s.startswith("data:image/png;base64,") for s in sources)
+    assert not any("href" in a for _, a in page.tags)
     tips = [a["data-tip"] for tag, a in page.tags if "data-tip" in a]
-    assert tips[0] == "Perception: w 1.75, Â +1.40, Δ +1.50" and tips[1] == "Reasoning: w 0.50, Â +0.40, Δ -0.25" and tips[2] == "Other: w 1.00, Â +0.80"
+    assert tips[0] == "Perception: w 1.75, Â +1.40, Δ +1.50"
+    assert tips[1] == "Reasoning: w 0.50, Â +0.40, Δ -0.25" and tips[2] == "Other: w 1.00, Â +0.80"
     assert "right for the wrong reason" in page.text and "reward 1.00, A +0.80, b +0.62" in page.text
     assert "a (3 runs)" in page.text and "b&<i> (1 run)" in page.text
-    assert Image.open(png).size[0] > 500 and svg.read_text().startswith("<svg xmlns=") and "NaN" not in svg.read_text()
+    assert Image.open(png).size[0] > 500
+    assert svg.read_text().startswith("<svg xmlns=") and "NaN" not in svg.read_text()
     assert report.main([str(tmp_path)]) == 2 and "not the folder of a run" in capsys.readouterr().err
+
+
+def test_without_a_checkpoint_there_are_curves_and_a_line_that_says_so(tmp_path, capsys):
+    out, run = tmp_path / "report.html", make_run(tmp_path, 0, 0.5, name="b&<i>")
+    assert report.main([str(run), "--out", str(out)]) == 0
+    page = Reader(out.read_text(encoding="utf-8"))
+    tags = {tag for tag, _ in page.tags}
+    assert "polyline" in tags and not {"img", "i"} & tags
+    assert f"No responses: {run}: holds no checkpoint" in page.text
+    capsys.readouterr()
+    assert report.main([str(run), "--out", str(out), "--png", str(tmp_path / "credit.png")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {run}: holds no checkpoint") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("algo", ["srpo", "grpo"])
+def test_report_of_a_real_run(cache, tmp_path, algo):
+    (tmp_path / "reward.py").write_text("reward = lambda text, example: len(text) % 7\n")  # with a spread
+    reward = f"{tmp_path / 'reward.py'}:reward"
+    options = "--warmup-steps 20 --steps 2 --prompts 2 --group-size 4 --eval-size 4 --algo".split()
+    run, files = tmp_path / f"mine-{algo}", [tmp_path / f"report.{end}" for end in ("html", "png", "svg")]
+    assert train.main([*options, algo, "--reward", reward, "--out", str(run)]) == 0
+    page, png, svg = map(str, files)
+    assert report.main([str(run), "--out", page, "--png", png, "--svg", svg]) == 0
+    page = Reader(files[0].read_text(encoding="utf-8"))
+    captions = [a["alt"] for tag, a in page.tags if tag == "img"]
+    assert captions.count("original image") == 2
+    assert captions.count("corrupted image") == (2 if algo == "srpo" else 0)
+    question = data.DrawnTask("count", size=48).train_batch(2, 1)[0].question  # what would come next
+    assert f"step 2: {question}" in page.text and page.text.count("EOS") >= 1
+    assert len([a for tag, a in page.tags if a.get("class") == "r"]) == 2 * 4
+    assert Image.open(files[1]).size[0] > 500 and "polyline" in files[2].read_text()
 
 
 def test_bands_are_over_seeds(tmp_path):
     runs = [report.read_run(make_run(tmp_path, s, a)) for s, a in enumerate((0.4, 0.5, 0.6))]
     step, mean, low, high = report.curve(runs, "accuracy")[0]
-    assert (step, round(mean, 9)) == (0, 0.5) and high - mean == pytest.approx(1.96 * 0.1 / 3**0.5) == mean - low
+    assert (step, round(mean, 9)) == (0, 0.5)
+    assert high - mean == pytest.approx(1.96 * 0.1 / 3**0.5) == mean - low
     assert [round(p[1], 3) for p in report.curve(runs, "wrong reason")] == [0.25, 0.25]
-    runs[0]["args"]["tau"] = 2.0  # no longer the same condition
-    assert sorted(map(len, report.label_runs(runs).values())) == [1, 2] and "a, tau 2.0" in report.label_runs(runs)
+    runs[0]["args"]["choice"]["tau"] = 2.0  # no longer the same condition
+    labelled = report.label_runs(runs)
+    assert sorted(map(len, labelled.values())) == [1, 2] and "a, tau 2.0" in labelled
 
 
-# ----------------------------------------------------------------------------------------------------------------- study
+# --------------------------------------------------------------------------------------------- credit
+
+
+@pytest.mark.parametrize("choices", ["", "corrupt_both=true sign_aware=true corruption=noise lam=0.5"])
+def test_credit_is_that_of_the_loop(cache, tmp_path, monkeypatch, choices):
+    for module in (train, credit):  # the hardly warmed-up model seldom writes the tags
+        monkeypatch.setattr(module, "token_roles", bench.draw_roles)
+    kept, weigh = [], train.role_aware_advantages
+    monkeypatch.setattr(train, "role_aware_advantages", lambda *a: kept.append(weigh(*a)) or kept[-1])
+    reward = "reward = lambda text, example: len(text) % 7 if len(example.scene) == 3 else 0\n"
+    (tmp_path / "reward.py").write_text(reward)
+    argv = "--warmup-steps 20 --steps 1 --prompts 6 --group-size 4 --eval-size 4 --device cpu".split()
+    argv += ["--reward", f"{tmp_path / 'reward.py'}:reward", "--out", str(tmp_path / "run")]
+    argv += [word for choice in choices.split() for word in ("--choice", choice)]
+    assert train.main(argv) == 0
+    args = Namespace(**json.loads((tmp_path / "run" / "args.json").read_text()))
+    policy, examples = model.load(str(train.warmed_up(args))), credit.task_of(args).train_batch(0, 6)
+    prompts = policy.encode(examples, credit.corruption(policy, args, 1))
+    found = credit.credit(policy, prompts, examples, args, train.generator(args, 1))
+    assert torch.equal(found.A_hat, kept[-1]) and found.A_hat.unique().numel() > 50
+    idle = found.A == 0  # prompts of four objects
+    assert idle.any() and (found.roles[idle] > 0).any() and (found.scored[idle] == 0).all()
+    assert (found.w[idle] == 1).all() and (found.w[~idle] != 1).any() and (found.delta[idle] == 0).all()
+    plain = Namespace(**vars(args) | {"algo": "grpo"})
+    found = credit.credit(policy, prompts, examples, plain, train.generator(args, 1))
+    assert (found.w == 1).all() and torch.equal(found.A_hat, found.A[:, None].expand_as(found.w))
+
+
+# ---------------------------------------------------------------------------------------------- study
 
 
 @pytest.fixture()
 def batch():
     g = torch.Generator().manual_seed(0)
-    roles = torch.tensor([[0, 1, 1, 1, 0, 2, 2, 2, 0], [0, 1, 1, 0, 2, 2, 0, 0, 0], [0, 1, 1, 0, 0, 0, 0, 0, 0]])
+    rows = ("011102220", "011022000", "011000000")
+    roles = torch.tensor([[int(role) for role in row] for row in rows])
     return torch.randn(roles.shape, generator=g) * (roles > 0), roles
 
 
@@ -111,7 +201,8 @@ def test_weights_of_one_role_leave_the_other_alone(batch):
     scores, roles = batch
     for role, other in ((Role.PERCEPTION, Role.REASONING), (Role.REASONING, Role.PERCEPTION)):
         w = study.only(role)(scores, roles, **OPTIONS)
-        assert (w[roles == other] == 1).all() and (w[roles == 0] == 1).all() and (w[2] == 1).all()  # row 2: Eq. (9)
+        assert (w[roles == other] == 1).all() and (w[roles == 0] == 1).all()
+        assert (w[2] == 1).all()  # row 2: step 9
         mine = w[0][roles[0] == role]
         assert mine.mean() == pytest.approx(1, abs=1e-6) and mine.std() > 0.01
         assert torch.equal(mine.argsort(), scores[0][roles[0] == role].argsort())
@@ -121,61 +212,149 @@ def test_weights_by_role_and_inverted(batch):
     scores, roles = batch
     w = study.role_baselines(scores, roles, **OPTIONS)
     for role in (Role.PERCEPTION, Role.REASONING):
-        assert torch.equal(w[:2][roles[:2] == role], study.only(role)(scores, roles, **OPTIONS)[:2][roles[:2] == role])
+        where = roles[:2] == role
+        assert torch.equal(w[:2][where], study.only(role)(scores, roles, **OPTIONS)[:2][where])
     flipped = study.role_baselines(scores, roles, **OPTIONS | {"flip": torch.tensor([True, False, False])})
     torch.testing.assert_close(flipped[0], study.role_baselines(-scores, roles, **OPTIONS)[0])
     assert torch.equal(flipped[1:], w[1:])
-    torch.testing.assert_close(study.inverted(scores, roles, **OPTIONS), token_weights(-scores, roles, **OPTIONS))
+    turned = token_weights(-scores, roles, **OPTIONS)
+    torch.testing.assert_close(study.inverted(scores, roles, **OPTIONS), turned)
+
+
+def test_there_is_a_condition_for_every_alternative():
+    """Each changes one choice, to a value that train.py takes, and back to the default leaves srpo."""
+    default, seen = {name: choice[2] for name, choice in CHOICES.items()}, []
+    for condition, options in study.CONDITIONS.items():
+        args = train.build_parser().parse_args(options.split())
+        changed = {name: value for name, value in args.choice if value != default[name]}
+        assert len(changed) == len(args.choice) == options.count("--choice")
+        seen += changed.items()
+        if "=" in condition:
+            (name, value), text = *changed.items(), condition.partition("=")
+            assert (text[0], text[2]) == (name, f"{value:g}" if type(value) is float else str(value).lower())
+    wanted = [(name, value) for name, choice in CHOICES.items() for value in choice[3]]
+    assert set(wanted) == set(seen) and len(seen) == len(wanted) + 1  # sign_aware twice
+    assert set(study.WEIGHTS) < set(study.CONDITIONS)
+
+
+def test_the_recorded_study_is_of_these_conditions():
+    pytest.importorskip("scipy", reason="pip install scipy")
+    rows = study.read(HERE / "study.csv")
+    assert {r["condition"] for r in rows} < set(study.CONDITIONS)
+    assert {r["options"] for r in rows} == {study.OPTIONS}
+    lines = (HERE / "study.md").read_text(encoding="utf-8").splitlines()
+    assert all(any(line.startswith(f"| {r['condition']} |") for line in lines) for r in rows)
 
 
 def row(task, condition, seed, accuracy, grounded):
     figures = dict.fromkeys((*study.OUTCOMES, "start"), 0.5) | {"accuracy": accuracy, "grounded": grounded}
-    return {"task": task, "condition": condition, "seed": seed, "commit": "abc", "options": "--steps 1", **figures}
+    made = {"task": task, "condition": condition, "seed": seed, "commit": "abc", "options": "--steps 1"}
+    return made | figures
 
 
 def test_tables(tmp_path):
     pytest.importorskip("scipy", reason="pip install scipy")
-    rng = np.random.default_rng(0)
+    rng, record = np.random.default_rng(0), partial(study.append, tmp_path / "study.csv")
     for task, base in (("count", 0.5), ("add", 0.3)):
         for seed in range(6):
             x = base + 0.01 * seed
-            study.append(tmp_path / "study.csv", row(task, "grpo", seed, x, x / 2))
-            study.append(tmp_path / "study.csv", row(task, "srpo", seed, x + 0.1 + 0.002 * rng.random(), x / 2))
-    study.append(tmp_path / "study.csv", row("count", "blur", 0, 0.5, 0.5))  # not on every task yet: left out
+            record(row(task, "grpo", seed, x, x / 2))
+            record(row(task, "srpo", seed, x + 0.1 + 0.002 * rng.random(), x / 2))
+    record(row("count", "tau=3", 0, 0.5, 0.5))  # not on every task yet: left out
     rows = study.read(tmp_path / "study.csv")
     assert len(rows) == 25 and rows[0]["seed"] == 0 and rows[0]["accuracy"] == 0.5
     text = study.tables(rows)
     values = np.sort([0.5 + 0.01 * s for s in range(6)] + [0.3 + 0.01 * s for s in range(6)])
-    assert f"| grpo | 12 | {values[3:9].mean():.3f} [" in text and "blur" not in text
+    assert f"| grpo | 12 | {values[3:9].mean():.3f} [" in text and "tau=3" not in text
     paired = next(line for line in text.split("\n\n")[3].splitlines() if line.startswith("| srpo"))
     mean, low, high = map(float, re.search(r"\| 12 \| ([\d.]+) \[([\d.]+), ([\d.]+)\]", paired).groups())
     assert 0.1 <= low <= mean <= high <= 0.102
-    assert paired.endswith("| 1.000 | 0.500 [0.250, 0.750] |") or re.search(r"\| 1\.000.*\| 0\.500 \[", paired)
-    jobs = study.planned(["grpo", "srpo", "blur"], ["count", "add"], 6, 2)
-    assert len(jobs) == 2 * (6 + 6 + 2) and jobs[0] == ("count", "grpo", 0) and jobs[-1] == ("add", "blur", 1)
+    assert re.search(r"\| 1\.000.*\| 0\.500 \[", paired)
+    jobs = study.planned(["grpo", "srpo", "tau=3"], ["count", "add"], 6, 2)
+    assert len(jobs) == 2 * (6 + 6 + 2)
+    assert jobs[0] == ("count", "grpo", 0) and jobs[-1] == ("add", "tau=3", 1)
     done = {(r["task"], r["condition"], r["seed"]) for r in rows}
-    assert [job for job in jobs if job not in done] == [("add", "blur", 0), ("count", "blur", 1), ("add", "blur", 1)]
+    left = [("add", "tau=3", 0), ("count", "tau=3", 1), ("add", "tau=3", 1)]
+    assert [job for job in jobs if job not in done] == left
 
 
 def test_improvement_counts_pairs():
-    assert study.improvement(np.array([1.0, 3.0]), np.array([2.0, 3.0])) == pytest.approx((0 + 0 + 1 + 0.5) / 4)
+    found = study.improvement(np.array([1.0, 3.0]), np.array([2.0, 3.0]))
+    assert found == pytest.approx((0 + 0 + 1 + 0.5) / 4)
 
 
-# -------------------------------------------------------------------------------------------------------------- contrast
+# ------------------------------------------------------------------------------------------- contrast
 
 
 def test_labels_follow_the_scene():
     scene = (data.Fact("a1", "red", "circle"), data.Fact("b2", "blue", "square"))
     query = data.Query("count", ("red",))
     example = data.Example((), query.text(), "1", scene, query)
-    pieces = ["<perception>", " a1", " red", " square", ",", " b2", " blue", " square", "</perception>", "\n", "<reasoning>"]
-    pieces += [" a1", " red", " b2", " no", " so", " 1", "</reasoning>", "\n", "<answer>", " 1", "</answer>"]
-    ends = np.cumsum([len(p) for p in pieces])
-    found = contrast.labels("".join(pieces), list(zip(ends - [len(p) for p in pieces], ends, strict=True)), example)
-    said = {name: {pieces[t] + str(t): int(v) for t, v in enumerate(values) if v >= 0} for name, values in found.items()}
-    assert said["seen"] == {" a11": 0, " red2": 1, " square3": 1, ",4": 0, " b25": 0, " blue6": 1, " square7": 1}
+    pieces = ["<perception>", " a1", " red", " square", ",", " b2", " blue", " square", "</perception>", "\n"]
+    pieces += ["<reasoning>", " a1", " red", " b2", " no", " so", " 1", "</reasoning>", "\n"]
+    pieces += ["<answer>", " 1", "</answer>"]
+    sizes = [len(p) for p in pieces]
+    ends = np.cumsum(sizes)
+    found = contrast.labels("".join(pieces), list(zip(ends - sizes, ends, strict=True)), example)
+    names = [f"{piece}{t}" for t, piece in enumerate(pieces)]
+    said = {k: {n: int(v) for n, v in zip(names, x, strict=True) if v >= 0} for k, x in found.items()}
+    seen = {" a11": 0, " red2": 1, " square3": 1, ",4": 0, " b25": 0, " blue6": 1, " square7": 1}
+    assert said["seen"] == seen
     assert said["asked"] == {" red2": 1, " square3": 0, " blue6": 1, " square7": 0}
     assert said["true"] == {" red2": 1, " square3": 0, " blue6": 1, " square7": 1}
     assert said["needed"] == {" a111": 0, " red12": 1, " b213": 0, " no14": 1, " so15": 0, " 116": 1}
     assert contrast.auc(np.array([3.0, 1.0, 2.0, 9.0]), np.array([1, 0, 0, -1])) == 1.0
-    assert contrast.auc(np.array([1.0, 1.0]), np.array([1, 0])) == 0.5 and contrast.auc(np.array([1.0]), np.array([1])) is None
+    assert contrast.auc(np.array([1.0, 1.0]), np.array([1, 0])) == 0.5
+    assert contrast.auc(np.array([1.0]), np.array([1])) is None
+
+
+def test_contrast_measures_every_corruption(cache, capsys, monkeypatch):
+    monkeypatch.setattr(credit, "token_roles", bench.draw_roles)
+    assert contrast.main("--warmup-steps 20 --prompts 2 --choice tau=3".split()) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[1:]]
+    assert [row[0] for row in rows] == [*contrast.CORRUPTIONS, "patch, 4 masks"]
+    columns = {name: [float(row[i]) for row in rows] for i, name in enumerate(head) if i}
+    assert len(set(columns["Δ R"])) == 1 < len(set(columns["Δ P"]))  # no image has a part in step 3
+    assert all(0 <= x <= 1 for name in ("clipped low", "clipped high") for x in columns[name])
+    assert all((p - 1) * (r - 1) < 0 for p, r in zip(columns["w P"], columns["w R"], strict=True))
+    assert contrast.main(["--model", "nowhere"]) == 2 and "not the tiny model" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------- math, and bench
+
+
+def test_math_verify_is_asked_when_it_is_wanted(cache, monkeypatch, capsys, tmp_path):
+    place = f"{HERE / 'math_reward.py'}:reward"
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    options = ["--reward", place, "--warmup-steps", "20", "--out", str(tmp_path / "run")]
+    assert train.main(options) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"error: --reward {place}: ") and "pip install 'math-verify[antlr4_13_2]'" in said
+    monkeypatch.undo()
+    pytest.importorskip("math_verify", reason="pip install 'math-verify[antlr4_13_2]'")
+    import math_reward
+
+    example, text = data.Example((), "?", r"\sqrt{12}"), data.respond("a", "b", r"$2\sqrt{3}$")
+    judge = train.reward_from(place)
+    assert data.verify(text, example).accuracy == 0 and judge(text, example).accuracy == 1
+    assert judge(text, example).reward == 1 and math_reward.reward(text, example) == judge(text, example)
+    assert judge(text.replace("3", "5"), example).accuracy == 0
+    for given, truth in (("act", "cat"), ("no", "on"), ("lube", "blue")):  # products of the same letters
+        assert not math_reward.math_match(given, truth)
+    assert math_reward.math_match("Cat.", "cat") and math_reward.math_match("0.5", r"\frac{1}{2}")
+
+
+def test_bench_compares_with_another_version(tmp_path):
+    """One that answers what is asked of it, and takes 100 s for each phase."""
+    found = {"phases": [[100, 100, 100]], "tokens": [1], "peak": 0.0}
+    (tmp_path / "extras").mkdir()
+    lines = ["SHAPES = {'short': (0,) * 7}", "make_folder = lambda folder, shape: folder.mkdir()"]
+    lines += ["if __name__ == '__main__':", f"    print('RESULT ' + {json.dumps(found)!r})"]
+    (tmp_path / "extras" / "bench.py").write_text("\n".join(lines))
+    asked = "--shape short --turns 1 --steps 3 --conditions srpo --device cpu --against".split()
+    command = [sys.executable, str(HERE / "bench.py"), *asked, str(tmp_path)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    line = re.search(r"^srpo, seconds a step: old 300.000, new (\S+), new / old (\S+)$", said, re.MULTILINE)
+    new, ratio = line.groups()
+    assert 0 < float(new) < 300 and float(ratio) == pytest.approx(float(new) / 300, abs=1e-3)
