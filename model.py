@@ -92,8 +92,7 @@ class Policy:
         """Tokens, positions and pixels of the prompts; InputError where a text holds an image placeholder.
 
         Args:
-            corruption: (i, image) -> image, called with the example's index and each of its images, already
-                resized, so that patches of the image are patches of the model.
+            corruption: (i, image) -> image, of the example's index and each image as resized for the model.
         """
         rows, pixels, corrupted, grids = [], [], [], []
         for i, example in enumerate(examples):
@@ -230,8 +229,7 @@ class Policy:
         return [torch.tensor(batch, device=self.device) for batch in batches]
 
     def _states(self, prompts, ids: Tensor, visible: Tensor, which: Tensor, corrupted: bool, read) -> Tensor:
-        """[b, K, H], the state that predicts each response token. Each prompt is read once, and the gradient
-        of all its responses flows through that one reading."""
+        """[b, K, H], the state that predicts each response token; each prompt is read once, with gradient."""
         named, row = which.unique(return_inverse=True) if read is None else (None, which)
         cache, last = _for_rows(read or self._read(prompts, named, corrupted), row)
         first = last[:, None]  # [b, 1, H]: the prompt's last state predicts the first token
@@ -328,8 +326,10 @@ def _for_rows(read: tuple[Cache, Tensor], rows: Tensor, room: int = 0) -> tuple[
     cache.layers = [copy.copy(layer) for layer in cache.layers]
     cache.batch_select_indices(rows)
     for i, x in enumerate(cache.layers if room else []):
-        cache.layers[i] = StaticLayer(x.keys.shape[2] + room)
-        cache.layers[i].update(x.keys, x.values)
+        cache.layers[i] = layer = StaticLayer(x.keys.shape[2] + room)
+        layer.lazy_initialization(x.keys, x.values)
+        layer.values = layer.values.to(x.values.dtype)  # under autocast it is not that of the keys
+        layer.update(x.keys, x.values)
     return cache, last[rows]
 
 
@@ -378,8 +378,8 @@ def is_tiny(name: str) -> bool:
 
 TINY_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{% for part in message.content %}{% if part.type == 'image' %}"
-    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
-    "{% endfor %}<|im_end|>{% endfor %}<|im_start|>"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>"
+    "{% endfor %}<|im_start|>"
 )
 
 
