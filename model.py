@@ -5,8 +5,6 @@
     rollout = policy.sample(prompts, G, ...)         B = N * G responses, [B, T]
     policy.log_probs(prompts, rollout, ...)          log pi of the sampled tokens, [B, T]; corrupted=True:
                                                      step 2, visible=without_perception(...): step 3
-
-Sampling and scoring share the function that turns states into log-probs, its temperature and allowed tokens.
 """
 
 import copy
@@ -116,9 +114,8 @@ class Policy:
         return out["pixel_values"], out["image_grid_thw"]
 
     def _tokenize(self, example: Example, grid: Tensor) -> Tensor:
-        question = example.question
-        if self.instruction:
-            question = "\n".join(part for part in (question, example.hint, self.instruction) if part)
+        parts = example.question, *(self.instruction and (example.hint, self.instruction))
+        question = "\n".join(filter(None, parts))
         image, pieces = {"type": "image"}, question.split(MARK)
         content = [image] * (len(grid) if len(pieces) == 1 else 0)  # in front, if unmarked
         for i, piece in enumerate(pieces):
@@ -319,28 +316,30 @@ def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     return index.clamp(max=cumulative.shape[1] - 1)
 
 
+class RoomyLayer(StaticLayer):
+    """Room made once for the tokens to come, where a growing cache copies all that is there a token."""
+
+    def update(self, keys: Tensor, values: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+        return super().update(keys, values.to(keys.dtype))  # under autocast they differ
+
+
 def _for_rows(read: tuple[Cache, Tensor], rows: Tensor, room: int = 0) -> tuple[Cache, Tensor]:
-    """A copy of the prompts' cache and last states, one entry a row: differentiable, or with room for as many
-    tokens more, which are then written in place where a growing cache would copy all that is there."""
+    """A copy of the prompts' cache and last states, one entry a row; differentiable, or with room."""
     cache, last = copy.copy(read[0]), read[1]
     cache.layers = [copy.copy(layer) for layer in cache.layers]
     cache.batch_select_indices(rows)
     for i, x in enumerate(cache.layers if room else []):
-        cache.layers[i] = layer = StaticLayer(x.keys.shape[2] + room)
-        layer.lazy_initialization(x.keys, x.values)
-        layer.values = layer.values.to(x.values.dtype)  # under autocast it is not that of the keys
-        layer.update(x.keys, x.values)
+        cache.layers[i] = RoomyLayer(x.keys.shape[2] + room)
+        cache.layers[i].update(x.keys, x.values)
     return cache, last[rows]
 
 
 def load(name: str, *, device="cpu", dtype=torch.float32, seed: int = 0, max_pixels=None) -> Policy:
-    """The model "tiny", with random weights from `seed`, a folder, or a hub name, as fp32 master weights.
+    """The model tiny, random from `seed`, a folder, or a hub name, as fp32 masters; else InputError.
 
     Args:
         dtype: of computing; anything but float32 runs under autocast.
         max_pixels: area that images are shrunk to, below the image processor's own limit.
-    Raises:
-        InputError: it cannot be found, is not of this family, or its weights do not match.
     """
     if name == "tiny":
         return build_tiny(seed, device=device, dtype=dtype)
