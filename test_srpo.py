@@ -29,9 +29,9 @@ import model
 import srpo
 import train
 from corrupt import CORRUPTIONS, corrupt, open_image
-from srpo import CHOICES, Response, Role, Tags, contrast_scores, group_advantages, kl_to_reference, parse_response
-from srpo import policy_loss, role_aware_advantages, shared_baseline, text_and_offsets, token_roles, token_weights
-from srpo import without_perception
+from srpo import CHOICES, Response, Role, Tags, contrast_scores, group_advantages, kl_to_reference
+from srpo import parse_response, policy_loss, role_aware_advantages, shared_baseline, text_and_offsets
+from srpo import token_roles, token_weights, without_perception
 
 HERE = Path(__file__).parent
 README = (HERE / "README.md").read_text(encoding="utf-8")
@@ -39,8 +39,7 @@ O, P, R = Role
 NAN, INF = float("nan"), float("inf")
 
 
-# ------------------------------------------------------------------------------------------ the method, as loops
-
+# --------------------------------------------------------------------------------------- the method, as loops
 
 def loop_advantage(r, eps=1e-4):
     """Step 1, for the rewards r of one group."""
@@ -69,7 +68,8 @@ def loop_weights(delta, roles, tau=1.0, w_min=0.5, w_max=2.0):
     if P not in roles or R not in roles or not all(math.isfinite(delta[t]) for t in S):
         return [1.0] * len(roles)  # step 9
     b = sum(delta[t] for t in S) / len(S)  # step 5
-    w_tilde = {t: math.exp(min(max((delta[t] - b) / tau, math.log(w_min)), math.log(w_max))) for t in S}  # step 6
+    low, high = math.log(w_min), math.log(w_max)
+    w_tilde = {t: math.exp(min(max((delta[t] - b) / tau, low), high)) for t in S}  # step 6
     mean = sum(w_tilde.values()) / len(S)
     return [w_tilde[t] / mean if t in S else 1.0 for t in range(len(roles))]  # step 6
 
@@ -176,7 +176,7 @@ def test_weights_have_mean_one_so_a_response_keeps_its_total_advantage(batch):
 def test_constant_contrasts_and_lambda_0_are_grpo(batch):
     b, one = batch, torch.ones(1, dtype=torch.float64)
     assert torch.allclose(token_weights(torch.full_like(b["logp"], 0.3), b["roles"]), one)
-    assert (token_weights(contrast_scores(b["logp"], b["logp"], b["logp"], b["roles"]), b["roles"]) == 1).all()
+    assert (weights_of(b | {"corrupted": b["logp"], "blank": b["logp"]}) == 1).all()
     A, w = group_advantages(b["rewards"].float(), 4), weights_of(b).float()
     A_hat = role_aware_advantages(A, w, lam=0.0)
     assert torch.equal(A_hat, A[:, None].expand_as(A_hat))
@@ -266,8 +266,9 @@ def test_a_contrast_that_is_not_finite_makes_its_response_grpo(batch, bad, side)
 def test_overflowing_ratios_stay_finite():
     logp = torch.tensor([[-1.0, -0.5]], requires_grad=True)
     for advantage in (0.0, 1.0, -1.0):
-        loss, _ = policy_loss(logp, torch.tensor([[-120.0, -0.5]]), torch.tensor([advantage]), torch.ones(1, 2))
-        (loss + kl_to_reference(logp, torch.tensor([[200.0, -0.5]]), torch.ones(1, 2))).backward()
+        mask, A = torch.ones(1, 2), torch.tensor([advantage])
+        loss, _ = policy_loss(logp, torch.tensor([[-120.0, -0.5]]), A, mask)
+        (loss + kl_to_reference(logp, torch.tensor([[200.0, -0.5]]), mask)).backward()
         assert loss.isfinite() and logp.grad.isfinite().all()
 
 
@@ -317,45 +318,31 @@ def test_role_balanced_baseline_and_flip_by_hand():
     torch.testing.assert_close(flipped[1:], token_weights(-scores, roles))
 
 
-# --------------------------------------------------------------------------------------------------- tags and roles
+# --------------------------------------------------------------------------------------------- tags and roles
 
 GOOD = "<perception>a</perception><reasoning>b</reasoning><answer>c</answer>"
 
 
-@pytest.mark.parametrize(
-    "text, blocks",
-    [
-        (GOOD, ("a", "b", "c")),
-        (f"\r\n {GOOD}\t\n", ("a", "b", "c")),
-        (GOOD.replace("><", ">\r\n<").replace("a<", "x\r\ny\n<"), ("x\r\ny\n", "b", "c")),
-        (GOOD.replace(">a<", "><"), ("", "b", "c")),
-        (GOOD.replace(">b<", "> \n<"), ("a", " \n", "c")),
-        (GOOD.replace(">a<", ">红色的圆 🙂<"), ("红色的圆 🙂", "b", "c")),
-        (GOOD.replace(">a<", "><b>x < y</b> <PERCEPTION><<"), ("<b>x < y</b> <PERCEPTION><", "b", "c")),
-        ("", None),
-        ("plain", None),
-        *[(GOOD.replace(tag, ""), None) for tag in re.findall(r"<.*?>", GOOD)],  # missing
-        *[(GOOD.replace(tag, tag * 2), None) for tag in re.findall(r"<.*?>", GOOD)],  # repeated
-        *[(GOOD[:end], None) for end in range(len(GOOD))],  # cut off
-        (GOOD.upper(), None),
-        (GOOD.replace("perception>", "Perception>"), None),
-        (GOOD * 2, None),
-        (GOOD + "<answer>d</answer>", None),  # two answers
-        ("Sure! " + GOOD, None),
-        (GOOD + " Done.", None),
-        (GOOD.replace("<reasoning>", "so <reasoning>"), None),
-        (GOOD.replace(">b<", "><answer>b</answer><"), None),  # tags inside a block
-        (GOOD.replace(">a<", ">the <reasoning> tag<"), None),
-        (GOOD.replace(">a<", ">x</answer><"), None),
-        ("<perception>a<reasoning>b</reasoning></perception><answer>c</answer>", None),  # nested
-        ("<perception>a<reasoning>b</perception></reasoning><answer>c</answer>", None),  # crossed
-        ("<reasoning>b</reasoning><perception>a</perception><answer>c</answer>", None),  # swapped
-        ("<perception>a</perception><answer>c</answer><reasoning>b</reasoning>", None),
-        (GOOD.replace("<perception>", "</perception>", 1), None),
-        ("</perception>a<perception><reasoning>b</reasoning><answer>c</answer>", None),
-        (GOOD.replace("<answer>", "<answer >"), None),
-    ],
-)
+TAGS = re.findall(r"<.*?>", GOOD)
+BAD = ["", "plain", GOOD.upper(), GOOD * 2, "Sure! " + GOOD, GOOD + " Done.", GOOD + "<answer>d</answer>"]
+BAD += [GOOD.replace(tag, "") for tag in TAGS] + [GOOD.replace(tag, tag * 2) for tag in TAGS]
+BAD += [GOOD[:end] for end in range(len(GOOD))]  # cut off
+BAD += [GOOD.replace("perception>", "Perception>"), GOOD.replace("<answer>", "<answer >")]
+BAD += [GOOD.replace("<reasoning>", "so <reasoning>"), GOOD.replace("<perception>", "</perception>", 1)]
+BAD += [GOOD.replace(">b<", "><answer>b</answer><"), GOOD.replace(">a<", ">x</answer><")]
+BAD += [GOOD.replace(">a<", ">the <reasoning> tag<")]
+BAD += ["<perception>a<reasoning>b</reasoning></perception><answer>c</answer>"]  # nested
+BAD += ["<perception>a<reasoning>b</perception></reasoning><answer>c</answer>"]  # crossed
+BAD += ["<reasoning>b</reasoning><perception>a</perception><answer>c</answer>"]  # swapped
+BAD += ["<perception>a</perception><answer>c</answer><reasoning>b</reasoning>"]
+BAD += ["</perception>a<perception><reasoning>b</reasoning><answer>c</answer>"]
+GOOD_ONES = [(GOOD, "a", "b", "c"), (f"\r\n {GOOD}\t\n", "a", "b", "c")]
+GOOD_ONES += [(GOOD.replace("><", ">\r\n<").replace("a<", "x\r\ny\n<"), "x\r\ny\n", "b", "c")]
+GOOD_ONES += [(GOOD.replace(">a<", "><"), "", "b", "c"), (GOOD.replace(">b<", "> \n<"), "a", " \n", "c")]
+GOOD_ONES += [(GOOD.replace(">a<", f">{a}<"), a, "b", "c") for a in ("红色的圆 🙂", "<b>x < y</b> <PERCEPTION><")]
+
+
+@pytest.mark.parametrize("text, blocks", [(text, None) for text in BAD] + [(g[0], g[1:]) for g in GOOD_ONES])
 def test_parser_accepts_exactly_the_structure(text, blocks):
     found = parse_response(text)
     spans = found and (found.perception, found.reasoning, found.answer)
@@ -363,7 +350,7 @@ def test_parser_accepts_exactly_the_structure(text, blocks):
 
 
 def test_parser_searches_the_text_a_fixed_number_of_times():
-    """Linear: each search starts behind the last, and there are few, however many broken tags the text holds."""
+    """Linear: there are few searches, however many broken tags the text holds."""
 
     class Counted(str):
         calls = 0
@@ -376,7 +363,8 @@ def test_parser_searches_the_text_a_fixed_number_of_times():
             Counted.calls += 1
             return str.count(self, *args)
 
-    for unit in ("<", "<perception", "<perception>", "</perception>", "<perception></perception>", "a ", "\n"):
+    tag = "<perception>"
+    for unit in ("<", tag[:-1], tag, "</perception>", f"{tag}</perception>", "a ", "\n"):
         for text in (unit * 20_000, GOOD.replace(">a<", f">{unit * 20_000}<")):
             Counted.calls = 0
             assert parse_response(Counted(text)) is None or "perception>" not in unit
@@ -384,8 +372,8 @@ def test_parser_searches_the_text_a_fixed_number_of_times():
 
 
 def test_tags_can_be_renamed_and_must_differ():
-    tags = Tags("see", "think", "say")
-    assert parse_response("<see>a</see><think></think><say>c</say>", tags) == Response((5, 6), (19, 19), (32, 33))
+    found = parse_response("<see>a</see><think></think><say>c</say>", Tags("see", "think", "say"))
+    assert found == Response((5, 6), (19, 19), (32, 33))
     for wrong in (("a", "a", "b"), ("", "a", "b")):
         with pytest.raises(ValueError, match="different"):
             Tags(*wrong)
@@ -429,8 +417,7 @@ def test_without_perception_hides_the_whole_span():
     assert mask[0].tolist() == [1] * 6
 
 
-# ------------------------------------------------------------------------------------------------------- the README
-
+# ------------------------------------------------------------------------------------------------- the README
 
 def section(title):
     return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
@@ -441,7 +428,8 @@ def test_the_worked_example_is_computed_from_its_own_inputs():
     rewards = [float(x) for x in re.search(r"rewards `(.*?)`", text)[1].split(",")]
     A = group_advantages(rewards, 2)[:1]
     (table,) = re.findall(r"(?:^\|.*\n)+", text, flags=re.M)
-    rows = {name: cells for name, *cells in ([c.strip() for c in line[1:-1].split("|")] for line in table.splitlines())}
+    cells = ([c.strip() for c in line[1:-1].split("|")] for line in table.splitlines())
+    rows = {name: values for name, *values in cells}
     roles = torch.tensor([[{"P": P, "R": R, "-": O}[c] for c in rows["role"]]])
     inputs = [torch.tensor([[float(c or 0) for c in rows[k]]]) for k in ("image", "corrupted", "blank")]
     delta = contrast_scores(*inputs, roles)
@@ -454,8 +442,8 @@ def test_the_worked_example_is_computed_from_its_own_inputs():
 
 
 def test_the_six_lines_of_the_readme_run(batch):
-    names = vars(srpo) | batch | {"group_size": 4, "logp_corrupted": batch["corrupted"], "old_logp": batch["old"]}
-    names["logp_blank"] = batch["blank"]
+    names = vars(srpo) | batch | {"group_size": 4, "old_logp": batch["old"]}
+    names |= {"logp_corrupted": batch["corrupted"], "logp_blank": batch["blank"]}
     exec(re.search(r"```python\n(.*?)```", README, re.S)[1], names)
     assert names["grpo_loss"] != names["srpo_loss"] and names["A_hat"].shape == (12, 11)
 
@@ -484,14 +472,14 @@ def test_what_the_readmes_name_exists():
     assert set(re.findall(r"`(\w+)`", " ".join(cells))) == LOGGED
 
 
-LOGGED = {"reward", "accuracy", "format", "perception", "grounded", "consistent", "loss", "grad_norm", "clip_frac"}
-LOGGED |= {"ratio_off", "entropy", "kl", "length", "used_groups", "w_perception", "w_reasoning"}
+LOGGED = {"reward", "accuracy", "format", "perception", "grounded", "consistent", "loss", "grad_norm", "kl"}
+LOGGED |= {"clip_frac", "ratio_off", "entropy", "length", "used_groups", "w_perception", "w_reasoning"}
 LOGGED |= {"sec_generate", "sec_score", "sec_update"}
 
 
 def test_the_loss_to_copy_runs_on_a_stock_model(policy, monkeypatch):
     """The README's block, with what a processor returns, against `Policy.log_probs`."""
-    monkeypatch.setattr(policy, "forbidden", policy.forbidden[:0])  # a stock model scores over the whole vocabulary
+    monkeypatch.setattr(policy, "forbidden", policy.forbidden[:0])  # stock: the whole vocabulary
     examples = data.DrawnTask("count").train_batch(0, 1) + data.DrawnTask("compare").train_batch(0, 1)
     prompts = policy.encode(examples, lambda i, image: corrupt(image, patch=policy.patch, seed=i))
     which, rng = torch.tensor([0, 0, 1, 1]), np.random.default_rng(0)
@@ -499,8 +487,8 @@ def test_the_loss_to_copy_runs_on_a_stock_model(policy, monkeypatch):
     rollout.prompt = which
     roles, visible = roles_and_visible(policy, rollout)
     ids, mask = torch.cat([prompts.ids[which], rollout.ids], 1), rollout.mask.long()
-    names = vars(srpo) | {"torch": torch, "model": policy.model, "roles": roles, "mask": mask, "T": mask.shape[1]}
-    names |= {"rewards": [1.0, 0.0, 0.0, 1.0], "group_size": 2}
+    names = vars(srpo) | {"torch": torch, "model": policy.model, "roles": roles, "mask": mask}
+    names |= {"T": mask.shape[1], "rewards": [1.0, 0.0, 0.0, 1.0], "group_size": 2}
     names["corrupted_pixels"] = torch.cat([prompts.corrupted[i] for i in which])
     names["inputs"] = {
         "input_ids": ids,
@@ -522,7 +510,7 @@ def test_the_loss_to_copy_runs_on_a_stock_model(policy, monkeypatch):
     assert names["delta"][roles == P].abs().min() > 0 and names["A_hat"].shape == mask.shape
 
 
-# --------------------------------------------------------------------------------------------------------- the loop
+# --------------------------------------------------------------------------------------------------- the loop
 
 SMALL = ["--steps", "6", "--prompts", "4", "--group-size", "4", "--save-every", "2", "--eval-size", "16"]
 QUICK = ["--eval-size", "128", "--eval-every", "0"]  # the default task and warm-up
@@ -559,11 +547,11 @@ def test_training_improves_and_its_grpo_twin_too(tmp_path, capsys):
         assert last["eval"]["reward"] > first["eval"]["reward"] + 0.04, (algo, first, last)
         assert [r["step"] for r in steps] == list(range(1, 21)) and steps[0].keys() == LOGGED | {"step"}
         assert all(r["grad_norm"] > 0 and r["used_groups"] > 0 and r["kl"] is None for r in steps)
-        assert all(r["ratio_off"] < 1e-4 for r in steps)  # before the update the policy is the one that sampled
+        assert all(r["ratio_off"] < 1e-4 for r in steps)  # the policy that sampled
         weights = [r["w_perception"] for r in steps]
         assert (min(weights) == max(weights) == 1) == (algo == "grpo")
     (srpo, steps), (grpo, twin) = found.values()
-    assert srpo[0] == grpo[0] and steps[0]["reward"] == twin[0]["reward"]  # the same start, the same first batch
+    assert srpo[0] == grpo[0] and steps[0]["reward"] == twin[0]["reward"]  # the same start
 
 
 def test_a_killed_run_resumes_to_the_same_numbers(tmp_path):
@@ -588,14 +576,18 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path):
     runs = (train.Run(tmp_path / "whole"), killed)
     weights = [model.load(str(r.checkpoint())).model.state_dict() for r in runs]
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
-    assert train.main(["--resume", str(killed.path)]) == 0 and numbers(killed.path) == expected  # nothing left to do
+    assert train.main(["--resume", str(killed.path)]) == 0  # nothing left to do
+    assert numbers(killed.path) == expected
 
 
 def test_micro_batches_do_not_change_a_step(tmp_path):
-    (whole,), (split,) = (run(tmp_path / n, *QUICK, *SMALL, "--steps", 1, "--micro-batch", n)[1] for n in ("9999", "100"))
+    argv = [*QUICK, *SMALL, "--steps", 1]
+    (whole,), (split,) = (run(tmp_path / str(n), *argv, "--micro-batch", n)[1] for n in (9999, 100))
     assert whole["grad_norm"] > 0 and whole["w_perception"] != 1
     names = whole.keys() - {"ratio_off", "kl", "sec_generate", "sec_score", "sec_update"}
     assert {k: split[k] for k in names} == {k: pytest.approx(whole[k], rel=1e-3, abs=1e-6) for k in names}
+    _, (half,) = run(tmp_path / "half", *argv, "--dtype", "bfloat16")
+    assert 1e-6 < half["ratio_off"] < 0.05 and half["w_perception"] != 1  # under autocast
 
 
 VARIANTS = [f"{name}={str(x).lower()}" for name, v in CHOICES.items() for x in v[3]]
@@ -633,7 +625,7 @@ def test_in_the_loop_a_score_that_is_not_finite_makes_its_response_grpo(side, ba
     _, (step,) = run(tmp_path / "bad", *argv)
     (roles, good), (_, broken) = seen[1], seen[-1]
     changed = (good != broken).any(1).nonzero()[:, 0].tolist()
-    assert len(changed) == 1 and (broken[changed[0]] == 1).all() and set(roles[changed[0]].tolist()) == {0, 1, 2}
+    assert len(changed) == 1 and (broken[changed] == 1).all() and len(roles[changed].unique()) == 3
     assert math.isfinite(step["loss"]) and math.isfinite(step["grad_norm"]) and step["grad_norm"] > 0
 
 
@@ -652,7 +644,8 @@ def test_own_data_trains_and_evaluates(jsonl, tmp_path):
     evals, (step,) = run(tmp_path / "out", *options, "--steps", 1)
     assert step["grounded"] is None and evals[0]["eval"]["n"] == 2 and evals[1]["step"] == 1
     checkpoint = train.Run(tmp_path / "out").checkpoint()
-    (only,), none = run(tmp_path / "eval", "--steps", 0, "--model", checkpoint, *options[:2], "--max-new-tokens", 8)
+    argv = ["--steps", 0, "--model", checkpoint, *options[:2], "--max-new-tokens", 8]
+    (only,), none = run(tmp_path / "eval", *argv)
     assert only["eval"]["n"] == 20 and only["step"] == 0 and not none
 
 
@@ -671,14 +664,13 @@ def test_your_own_reward(body, said, tmp_path, capsys):
     argv = [*QUICK, *SMALL, "--steps", 1, "--reward", f"{tmp_path}/my.py:f"]
     if said:
         message = complaint(capsys, *argv, "--out", tmp_path / "out")
-        assert said in message and "my.py:f" in message and ("How many" in message or said.startswith("no such"))
+        assert said in message and "my.py:f" in message and ("How many" in message or "no such" in said)
     else:
         (first, _), (step,) = run(tmp_path / "out", *argv)
         assert 0.1 < step["reward"] < 1.9 and (step["format"] == 0) == ("Verdict" in body)
 
 
-# --------------------------------------------------------------------------------------------------------- the policy
-
+# ------------------------------------------------------------------------------------------------- the policy
 
 @pytest.fixture(scope="module")
 def policy():
@@ -705,8 +697,8 @@ def roles_and_visible(policy, written):
 
 
 def plain(policy, prompts, rollout, temperature=0.7, corrupted=False, visible=None, cut=False):
-    """Log-probs [B, T] by stock calls of the model: a prompt of its own for each row, hidden tokens masked in their
-    place or cut out; 0 where hidden."""
+    """Log-probs [B, T] by stock calls of the model: a prompt of its own for each row, hidden tokens masked in
+    their place or cut out; 0 where hidden."""
     visible = rollout.mask if visible is None else visible.bool()
     pixels, found = prompts.corrupted if corrupted else prompts.pixels, torch.zeros(rollout.ids.shape)
     for b, i in enumerate(rollout.prompt.tolist()):
@@ -720,8 +712,8 @@ def plain(policy, prompts, rollout, temperature=0.7, corrupted=False, visible=No
             image_grid_thw=prompts.grids[i],
             use_cache=False,
         ).last_hidden_state[0, prompts.ids.shape[1] - 1 : -1]
-        logits = policy.model.lm_head(states) / temperature
-        logp = logits.index_fill(1, policy.forbidden, -INF).log_softmax(1).gather(1, rollout.ids[b, kept, None])
+        logits = (policy.model.lm_head(states) / temperature).index_fill(1, policy.forbidden, -INF)
+        logp = logits.log_softmax(1).gather(1, rollout.ids[b, kept, None])
         shown = visible[b].nonzero()[:, 0]
         found = found.index_put((torch.full_like(shown, b), shown), logp[visible[b, kept], 0])
     return found
@@ -747,14 +739,13 @@ def same_scores(policy, prompts, cases, atol):
 
 @pytest.mark.parametrize("micro_batch", [16384, 200, 1])
 def test_log_probs_and_gradients_are_those_of_stock_calls(policy, scored, micro_batch, monkeypatch):
-    """A prompt read once for its responses, hidden and trailing tokens left out, any split, parts of groups."""
     monkeypatch.setattr(policy, "micro_batch", micro_batch)
     prompts, rollout, written = scored
     roles, visible = roles_and_visible(policy, written)
     some = rollout[torch.tensor([1, 6, 7, 0])]
     one = replace(written, ids=written.ids[:, :1], mask=written.mask[:, :1])
-    cases = [(some, None, {}), (written, roles == P, {"corrupted": True}), (written, roles == R, {"visible": visible})]
-    cases += [(one, None, {}), (written, torch.zeros_like(written.mask), {})]
+    cases = [(some, None, {}), (one, None, {}), (written, torch.zeros_like(written.mask), {})]
+    cases += [(written, roles == P, {"corrupted": True}), (written, roles == R, {"visible": visible})]
     same_scores(policy, prompts, cases, 1e-4)
     with torch.no_grad():
         logp, entropy = policy.log_probs(prompts, rollout, temperature=0.7, reuse=True)
@@ -794,13 +785,15 @@ def test_draws_have_the_given_probabilities():
     drawn = model.draw(p, torch.Generator().manual_seed(0))
     assert drawn.shape == (20000, 1)
     torch.testing.assert_close(drawn.flatten().bincount(minlength=6) / 20000, p[0], atol=0.015, rtol=0)
-    assert set(drawn.flatten().tolist()) == {1, 3, 4}  # never what has no probability, at either end or between
+    assert set(drawn.flatten().tolist()) == {1, 3, 4}  # never what has no probability
 
 
 def test_placeholders_and_unknown_ids_are_neither_sampled_nor_counted(policy):
     probabilities = policy._log_softmax(torch.randn(5, 128), 1.0).exp()
-    assert policy.forbidden.tolist() == [policy.model.config.image_token_id, policy.model.config.video_token_id]
-    assert (probabilities[:, policy.forbidden] == 0).all() and torch.allclose(probabilities.sum(1), torch.ones(5))
+    config = policy.model.config
+    assert policy.forbidden.tolist() == [config.image_token_id, config.video_token_id]
+    assert (probabilities[:, policy.forbidden] == 0).all()
+    assert torch.allclose(probabilities.sum(1), torch.ones(5))
     example = data.DrawnTask("count").train_batch(0, 1)[0]
     with pytest.raises(data.InputError, match="rows.jsonl:7.*image_pad"):
         policy.encode([replace(example, question="see <|image_pad|>", source="rows.jsonl:7")])
@@ -833,7 +826,7 @@ def test_saved_folder_restores_every_weight_and_word(policy, tmp_path, capsys):
     assert torch.equal(one.ids, other.ids) and torch.equal(one.pixels[0], other.pixels[0])
     assert again.eos == policy.eos and again.instruction == "" and model.is_tiny(str(tmp_path))
     weights = next(tmp_path.glob("*.safetensors"))
-    tensors = {k.replace("layers.1", "layer.1"): v for k, v in load_file(weights).items()}  # names that do not match
+    tensors = {k.replace("layers.1", "layer.1"): v for k, v in load_file(weights).items()}  # wrong names
     save_file(tensors, weights, metadata={"format": "pt"})
     with pytest.raises(data.InputError, match="missing"):
         model.load(str(tmp_path))
@@ -869,31 +862,29 @@ FAMILY = {
 
 
 def hub_folder(folder, name, policy):
-    """A small random model of class `name` in the layout of the hub, with the generation_config of Qwen2-VL."""
+    """A small random model of class `name` in the layout of the hub, with Qwen2-VL's generation_config."""
     text = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
     text |= {"num_key_value_heads": 2, "vocab_size": len(policy.tokenizer) + 30, "head_dim": 16}
     text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
-    ids = {k: v for k, v in policy.model.config.to_dict().items() if re.match(r"(image|video|vision).*_token_id", k)}
+    known = policy.model.config.to_dict().items()
+    ids = {k: v for k, v in known if re.match(r"(image|video|vision).*_token_id", k)}
     torch.manual_seed(0)
     spread = {"initializer_range": 0.1}
     eyes = FAMILY[name] | spread
     config = getattr(transformers, name)(text_config=text | spread, vision_config=eyes, instruction="", **ids)
     net = transformers.AutoModelForImageTextToText.from_config(config)
     stop = {"eos_token_id": [policy.eos[0], policy.pad], "pad_token_id": policy.pad}
-    net.generation_config = transformers.GenerationConfig(do_sample=True, top_k=1, repetition_penalty=1.05, **stop)
+    stop |= {"do_sample": True, "top_k": 1, "repetition_penalty": 1.05}
+    net.generation_config = transformers.GenerationConfig(**stop)
     net.save_pretrained(folder, max_shard_size="100KB")
     policy.tokenizer.save_pretrained(folder)
     (folder / "chat_template.jinja").rename(folder / "chat_template.json")
-    (folder / "chat_template.json").write_text(json.dumps({"chat_template": data_template(policy)}))
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": policy.tokenizer.chat_template}))
     side = config.vision_config.patch_size
     processor = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": side, "merge_size": 2}
     processor |= {"temporal_patch_size": 2, "min_pixels": 4 * side**2, "max_pixels": 10**6}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return str(folder)
-
-
-def data_template(policy):
-    return policy.tokenizer.chat_template
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -903,7 +894,8 @@ def test_the_whole_family_runs_through_the_same_code(name, policy, tmp_path):
     its, rng = model.load(folder, max_pixels=100 * 100), np.random.default_rng(0)
     sizes = [(64, 64, 3), (90, 200, 3), (300, 300, 3)]
     images = tuple(Image.fromarray(rng.integers(0, 255, size, dtype=np.uint8)) for size in sizes)
-    assert all(w * h <= 100 * 100 + 64 * 64 and w % its.factor == 0 for w, h in (its.fit(i).size for i in images))
+    fitted = [its.fit(image).size for image in images]
+    assert all(w * h <= 100 * 100 + 64 * 64 and w % its.factor == 0 for w, h in fitted)
     asked = "<image>What color is at b2?", "How many <image>red <image>more<image>?"
     examples = [data.Example(images[:1], asked[0], "red"), data.Example(images, asked[1], "2")]
     prompts = its.encode(examples, lambda i, image: corrupt(image, patch=its.patch, seed=i))
@@ -919,7 +911,8 @@ def test_the_whole_family_runs_through_the_same_code(name, policy, tmp_path):
     said = (" a1 red circle", " a1 red so 1", " 1"), (" b2 blue square, c1 red circle", " b2 no so 0", " 0")
     written = its.as_rollout([data.respond(*blocks) for blocks in said])
     roles, visible = roles_and_visible(its, written)
-    cases = [(rollout, None, {}), (written, roles == P, {"corrupted": True}), (written, roles == R, {"visible": visible})]
+    cases = [(rollout, None, {}), (written, roles == P, {"corrupted": True})]
+    cases += [(written, roles == R, {"visible": visible})]
     same_scores(its, prompts, cases, 3e-4)
     with torch.no_grad():
         score = lambda **o: its.log_probs(prompts, written, temperature=1.0, **o)[0]  # noqa: E731
@@ -947,8 +940,8 @@ def test_lora_trains_adapters_only_and_the_readmes_lines_merge_them(tmp_path, ca
     adapted = model.load(str(folder))
     base = model.load(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
     more = (HERE / "extras/README.md").read_text(encoding="utf-8").split("## Use what you trained")[1]
-    exec(re.search(r"```python\n(.*?)```", more, re.S)[1], {"checkpoint": str(folder), "merged": tmp_path / "merged"})
-    (tmp_path / "lora/merged").mkdir()
+    names = {"checkpoint": str(folder), "merged": tmp_path / "merged"}
+    exec(re.search(r"```python\n(.*?)```", more, re.S)[1], names)
     base.save(tmp_path / "whole")  # its tokenizer and image processor, with the merged weights
     (tmp_path / "merged/model.safetensors").replace(tmp_path / "whole/model.safetensors")
     examples = data.DrawnTask("count").train_batch(0, 2)
@@ -960,8 +953,7 @@ def test_lora_trains_adapters_only_and_the_readmes_lines_merge_them(tmp_path, ca
     assert not torch.allclose(score(adapted), score(base), atol=1e-3)
 
 
-# ------------------------------------------------------------------------------------------- images, tasks, your data
-
+# ----------------------------------------------------------------------------------- images, tasks, your data
 
 @pytest.mark.parametrize("kind", CORRUPTIONS)
 def test_corruptions_keep_size_and_mode_and_follow_the_seed(kind):
@@ -999,7 +991,8 @@ def test_drawn_tasks_split_by_scene_and_are_not_won_by_guessing(task):
     examples, held_out = drawn.train_batch(0, 400), drawn.eval_set(200)
     scenes = [e.scene for e in examples]
     assert not any(map(data.is_held_out, scenes)) and all(data.is_held_out(e.scene) for e in held_out)
-    assert [e.scene for e in drawn.train_batch(0, 400)] == scenes != [e.scene for e in drawn.train_batch(1, 400)]
+    again, other = ([e.scene for e in drawn.train_batch(k, 400)] for k in (0, 1))
+    assert again == scenes != other
     assert max(np.unique([e.answer for e in examples], return_counts=True)[1]) < 0.4 * len(examples)
     wrong = 0
     for example in examples:
@@ -1036,9 +1029,9 @@ def test_verdicts_are_separate():
         assert data.verify(text, example).reward == reward
 
 
-ANSWERS = """3=3.0 1,000=1000 1/2=0.5 -7!7 \u22127=-7 7.=7 12!1 (B)=b B.=B A_dog!a Same=same _two__words_=Two_words !
-1e999999999!1 nan=NaN 3_apples!3 .! 1/0!1 -5_cm!5_cm .5_m!5_m <5!>5 <=< C++!C (-2,_3)!(2,_3) **3**=3 (3)=3 'red'=red
-(1)_+_(2)!1)_+_(2 \u00e9=e\u0301 .5=0.5"""
+ANSWERS = """3=3.0 1,000=1000 1/2=0.5 -7!7 \u22127=-7 7.=7 12!1 (B)=b B.=B A_dog!a Same=same .5=0.5 ! .! 1/0!1
+_two__words_=Two_words 1e999999999!1 nan=NaN 3_apples!3 -5_cm!5_cm .5_m!5_m <5!>5 <=< C++!C (-2,_3)!(2,_3)
+**3**=3 (3)=3 'red'=red (1)_+_(2)!1)_+_(2 \u00e9=e\u0301"""
 
 
 @pytest.mark.parametrize("case", [*ANSWERS.split(), "0" * 5000 + "!0"])
@@ -1047,25 +1040,17 @@ def test_answers_are_compared_as_numbers_and_words(case):
     assert data.answers_match(given, truth) == (sign == "=")
 
 
-@pytest.mark.parametrize(
-    ("answer", "choices", "given", "right"),
-    [
-        ("B", "", "(b)", True),
-        ("B", "", "B. 12 cm", True),
-        ("B", "", "option B", True),
-        ("B", "\nA. 10 cm\nB. 12 cm", "12 cm", True),
-        ("B", "\nA. 10 cm\nB. 12 cm", "10 cm", False),
-        ("B. 12 cm", "", "B", True),
-        ("B", "", "Blue", False),
-        ("B", "", "A. B is wrong", False),
-        ("12", "", r"so \boxed{12}", True),
-        ("12", "", r"\boxed{\frac{1}{2}} or \boxed{12", False),
-        (r"\frac{1}{2}", "", r"\boxed{\frac{1}{2}}", True),
-    ],
-)
+LISTED = "\nA. 10 cm\nB. 12 cm"
+CHOSEN = [("B", "", "(b)", 1), ("B", "", "B. 12 cm", 1), ("B", "", "option B", 1), ("B", LISTED, "12 cm", 1)]
+CHOSEN += [("B", LISTED, "10 cm", 0), ("B. 12 cm", "", "B", 1), ("B", "", "Blue", 0), ("B", "", "A. B", 0)]
+CHOSEN += [("12", "", r"so \boxed{12}", 1), ("12", "", r"\boxed{\frac{1}{2}} or \boxed{12", 0)]
+CHOSEN += [(r"\frac{1}{2}", "", r"\boxed{\frac{1}{2}}", 1)]
+
+
+@pytest.mark.parametrize(("answer", "choices", "given", "right"), CHOSEN)
 def test_multiple_choice_and_boxed_answers(answer, choices, given, right):
     example = data.Example((), "Which?" + choices, answer)
-    assert data.verify(data.respond("a", "b", given), example).accuracy == float(right)
+    assert data.verify(data.respond("a", "b", given), example).accuracy == right
 
 
 @pytest.fixture
@@ -1084,9 +1069,9 @@ def jsonl(tmp_path):
 
 
 def test_your_own_data_is_split_by_image_and_read_with_care(jsonl, tmp_path):
-    boxed = data.OwnTask(jsonl(json.dumps({"image": "2.png", "question": "?", "answer": r"\boxed{12}"})), 0, True)
-    assert "12" in {e.answer for e in boxed.eval_set(99)}
-    task = data.OwnTask(jsonl(json.dumps({"images": ["2.png", "3.png"], "question": "Same?", "answer": "no"})), 1)
+    row = {"images": ["2.png", "3.png"], "question": "Same?", "answer": r"\boxed{12}"}
+    assert "12" in {e.answer for e in data.OwnTask(jsonl(json.dumps(row)), 0, True).eval_set(99)}
+    task = data.OwnTask(jsonl(json.dumps(row)), 1)
     seen = [e.source for step in range(6) for e in task.train_batch(step, 3)]
     held_out = {e.source for e in task.eval_set(9)}
     rows = 20 - len(held_out)
@@ -1095,21 +1080,21 @@ def test_your_own_data_is_split_by_image_and_read_with_care(jsonl, tmp_path):
     assert [e.source for e in task.train_batch(4, 3)] == seen[12:15]
     assert max(len(e.images) for e in task.train_batch(0, rows) + task.eval_set(9)) == 2
     assert len(data.OwnTask(task.path, everything=True).eval_set(99)) == 20
-    (tmp_path / "copy.png").write_bytes((tmp_path / "0.png").read_bytes())  # one image by other names: one split
+    (tmp_path / "copy.png").write_bytes((tmp_path / "0.png").read_bytes())  # other names
     names = ("0.png", "./0.png", "copy.png", *(f"{i}.png" for i in range(1, 10)))
     rows = [{"image": name, "question": "q\u2028?", "answer": True} for name in names]
     rows = [json.dumps(row, ensure_ascii=False) for row in rows]
     task = data.OwnTask(jsonl(lines=["\ufeff" + rows[0], *rows[1:]]))
     pixels = lambda examples: {e.images[0].tobytes() for e in examples}  # noqa: E731
-    assert len(pixels(task.eval_set(99))) == 1 and not pixels(task.eval_set(99)) & pixels(task.train_batch(0, 30))
+    kept = pixels(task.eval_set(99))
+    assert len(kept) == 1 and not kept & pixels(task.train_batch(0, 30))
     Image.fromarray((np.arange(64, dtype=np.uint16) * 1000).reshape(8, 8)).save(tmp_path / "deep.png")
     assert len(set(open_image(tmp_path / "deep.png").getchannel(0).tobytes())) > 50
     Image.new("RGBA", (9, 9), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     assert open_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
 
 
-# --------------------------------------------------------------------------------------------------- options, faults
-
+# -------------------------------------------------------------------------------------------- options, faults
 
 def complaint(capsys, *argv):
     """The one line that `train.py` answers to bad input."""
@@ -1125,11 +1110,12 @@ def complaint(capsys, *argv):
 
 OPTIONS = """--model TMP/none>none --model no-such-owner/no-such-model>no-such-owner --model TMP/empty>empty
 --model TMP/text-only>not_one_of_the_Qwen-VL_family --model TMP/cut>cannot_be_used --device cuda:99>cuda:99
---device banana>banana --device meta>meta --seed 999999999999999999999999999999>seed --temperature nan>temperature
---group-size 1>group-size --prompts 0>prompts --temperature 0>temperature --lr x>lr --choice tau=x>tau=x
+--device banana>banana --device meta>meta --seed 999999999999999999999999999999>seed --group-size 1>group-size
+--temperature nan>temperature --prompts 0>prompts --temperature 0>temperature --lr x>lr --choice tau=x>tau=x
 --choice lam=2>lam --choice corruption=melt>melt --choice p=2>p --choice tau=-1>tau --choice w_min=3>w_min
---choice shape=round>no_such_choice --task chess>chess --out TMP/file/sub>Not_a_directory --frobnicate>frobnicate
---resume TMP/none>not_the_folder_of_a_run --resume TMP/text-only>not_the_folder_of_a_run --reward TMP/file>--reward"""
+--choice shape=round>no_such_choice --task chess>chess --out TMP/file/sub>Not_a_directory --what>--what
+--resume TMP/none>not_the_folder_of_a_run --resume TMP/text-only>not_the_folder_of_a_run
+--reward TMP/file>--reward"""
 
 
 @pytest.mark.parametrize("case", re.split(r"\s(?=--)", OPTIONS))
@@ -1174,7 +1160,7 @@ def test_bad_data_names_file_and_line(capsys, tmp_path, jsonl, monkeypatch):
     changes += [({"image": "long.png"}, "200 to 1"), ({"image": "."}, "cannot be decoded")]
     changes += [({"images": []}, expected), ({"answer": None}, expected), ({"images": "0.png"}, expected)]
     changes += [({"question": "\ud83d"}, expected), ({"answer": " ."}, "blank")]
-    changes += [({"question": "what is <|image_pad|>?"}, "placeholder"), ({"question": "<image><image>"}, "2 <image>")]
+    changes += [({"question": "<|image_pad|>"}, "placeholder"), ({"question": "<image><image>"}, "2 <image>")]
     lines = {json.dumps(row | change): needle for change, needle in changes}
     lines |= {'{"image": "0.png", "question"': expected, '{"image": "0.png", "question": "q"}': expected}
     lines |= {"[1]": expected, "[" * 100_000: expected}
@@ -1194,9 +1180,10 @@ def test_out_of_memory_says_what_to_lower(error, capsys, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "prepare", full)
     message = complaint(capsys, "--out", tmp_path / "out")
-    assert all(option in message for option in ("--micro-batch", "--max-new-tokens", "--max-pixels", "--lora"))
+    assert all(o in message for o in ("--micro-batch", "--max-new-tokens", "--max-pixels", "--lora"))
 
 
 def test_a_diverged_policy_is_reported(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(model.Policy, "_log_softmax", lambda self, hidden, _: torch.full((len(hidden), 50), NAN))
+    lost = lambda self, hidden, _: torch.full((len(hidden), 50), NAN)  # noqa: E731
+    monkeypatch.setattr(model.Policy, "_log_softmax", lost)
     assert "the policy has diverged" in complaint(capsys, *QUICK, "--out", tmp_path / "run")

@@ -1,9 +1,8 @@
 """A data set of the Hugging Face hub as JSON lines and images, which `train.py --data` reads.
 
     pip install datasets
-    python extras/from_hub.py hiyouga/geometry3k geometry3k            geometry3k/rows.jsonl,
-    geometry3k/images/
-    python extras/from_hub.py FOLDER DIR --split test                  a folder that `datasets` wrote
+    python extras/from_hub.py hiyouga/geometry3k geometry3k     rows.jsonl and images/ in geometry3k/
+    python extras/from_hub.py FOLDER DIR --split test           a folder that `datasets` wrote
 
 Columns may have the names in use: image or images; problem or question; answer or solution. Of a worked
 solution the last \\boxed{...}, or what stands between <answer> tags, is the answer. Images keep their bytes.
