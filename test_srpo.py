@@ -587,7 +587,7 @@ def test_micro_batches_do_not_change_a_step(tmp_path):
     names = whole.keys() - {"ratio_off", "kl", "sec_generate", "sec_score", "sec_update"}
     assert {k: split[k] for k in names} == {k: pytest.approx(whole[k], rel=1e-3, abs=1e-6) for k in names}
     _, (half,) = run(tmp_path / "half", *argv, "--dtype", "bfloat16")
-    assert 1e-6 < half["ratio_off"] < 0.05 and half["w_perception"] != 1  # under autocast
+    assert half["ratio_off"] < 0.05 and half["loss"] != whole["loss"]  # under autocast, which rounds
 
 
 VARIANTS = [f"{name}={str(x).lower()}" for name, v in CHOICES.items() for x in v[3]]
