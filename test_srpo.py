@@ -15,13 +15,13 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a model that is not there is not looked for on the hub, minutes long
 
 import numpy as np
 import pytest
 import torch
-import transformers
 from PIL import Image
 
 import data
@@ -34,10 +34,9 @@ from srpo import parse_response, policy_loss, role_aware_advantages, shared_base
 from srpo import token_roles, token_weights, without_perception
 
 HERE = Path(__file__).parent
-README = (HERE / "README.md").read_text(encoding="utf-8")
+README, MORE = ((HERE / name).read_text(encoding="utf-8") for name in ("README.md", "extras/README.md"))
 O, P, R = Role
 NAN, INF = float("nan"), float("inf")
-
 
 # --------------------------------------------------------------------------------------- the method, as loops
 
@@ -46,7 +45,6 @@ def loop_advantage(r, eps=1e-4):
     mean = sum(r) / len(r)
     std = math.sqrt(sum((x - mean) ** 2 for x in r) / (len(r) - 1))
     return [(x - mean) / (std + eps) for x in r]
-
 
 def loop_delta(logp, corrupted, blank, roles, contrast="log-ratio", delta_max=5.0):
     """Steps 2 to 4, for one response."""
@@ -61,7 +59,6 @@ def loop_delta(logp, corrupted, blank, roles, contrast="log-ratio", delta_max=5.
         delta[t] = min(max(delta[t], -delta_max), delta_max)  # step 4
     return delta
 
-
 def loop_weights(delta, roles, tau=1.0, w_min=0.5, w_max=2.0):
     """Steps 5, 6 and 9, for one response."""
     S = [t for t, role in enumerate(roles) if role != O]
@@ -73,11 +70,9 @@ def loop_weights(delta, roles, tau=1.0, w_min=0.5, w_max=2.0):
     mean = sum(w_tilde.values()) / len(S)
     return [w_tilde[t] / mean if t in S else 1.0 for t in range(len(roles))]  # step 6
 
-
 def loop_A_hat(A, w, lam=1.0):
     """Step 7, for one response."""
     return [A * ((1 - lam) + lam * x) for x in w]
-
 
 def loop_objective(logp, old, A_hat, low=0.2, high=0.2):
     """Step 8, one response's part of the sum."""
@@ -86,7 +81,6 @@ def loop_objective(logp, old, A_hat, low=0.2, high=0.2):
         rho = math.exp(logp[t] - old[t])
         J += min(rho * A_hat[t], min(max(rho, 1 - low), 1 + high) * A_hat[t])
     return J
-
 
 @pytest.fixture
 def batch():
@@ -100,20 +94,16 @@ def batch():
     found = {"rewards": rewards, "roles": roles * mask, "mask": mask, "logp": logps[0], "old": logps[1]}
     return found | {"corrupted": 4 * logps[2], "blank": 4 * logps[3], "ref": logps[4]}
 
-
 def delta_of(b, **options):
     return contrast_scores(b["logp"], b["corrupted"], b["blank"], b["roles"], **options)
-
 
 def weights_of(b, **options):
     return token_weights(delta_of(b), b["roles"], **options)
 
-
 @pytest.mark.parametrize("contrast", ["log-ratio", "absolute", "k3"])
 def test_tensors_equal_the_loops(batch, contrast):
     b, lists = batch, {k: v.tolist() for k, v in batch.items()}
-    A = group_advantages(b["rewards"], 4)
-    delta = delta_of(b, contrast=contrast)
+    A, delta = group_advantages(b["rewards"], 4), delta_of(b, contrast=contrast)
     w = token_weights(delta, b["roles"], tau=0.7)
     A_hat = role_aware_advantages(A, w, lam=0.8)
     J, kl, n = 0.0, 0.0, sum(map(sum, lists["mask"]))
@@ -134,7 +124,6 @@ def test_tensors_equal_the_loops(batch, contrast):
     assert loss.item() == near(-J / n) and 0 < stats["clip_frac"] < 1
     assert kl_to_reference(b["logp"], b["ref"], b["mask"]).item() == near(kl / n)
 
-
 def test_the_advantage_uses_the_sample_std_and_leaves_no_residue():
     assert group_advantages([1, 0, 0, 0], 4)[0].item() == pytest.approx(1.5, abs=1e-3)
     assert group_advantages(torch.full((6,), 0.1), 3).tolist() == [0.0] * 6  # no spread: no advantage, no NaN
@@ -142,27 +131,26 @@ def test_the_advantage_uses_the_sample_std_and_leaves_no_residue():
         with pytest.raises(ValueError, match="group|rewards"):
             group_advantages(*wrong)
 
-
 def test_contrasts_compare_each_role_with_its_own_counterfactual_and_are_clamped():
     roles, zero = torch.tensor([[P, P, R, R, O, P]]), torch.zeros(1, 6)
     corrupted = torch.tensor([[-4.9, -5.1, 9.0, 9.0, 9.0, 7.0]])
-    blank = torch.tensor([[9.0, 9.0, -0.5, 80.0, 9.0, 9.0]])
-    delta = partial(contrast_scores, zero, corrupted, blank, roles)
-    torch.testing.assert_close(delta(), torch.tensor([[4.9, 5.0, 0.5, -5.0, 0.0, -5.0]]))
-    torch.testing.assert_close(delta(max_abs=0.7), torch.tensor([[0.7, 0.7, 0.5, -0.7, 0.0, -0.7]]))
-    torch.testing.assert_close(delta(contrast="absolute"), torch.tensor([[4.9, 5.0, 0.5, 5.0, 0.0, 5.0]]))
-    k3 = delta(contrast="k3")  # e^80 would overflow
-    torch.testing.assert_close(k3[0, 2], torch.tensor(math.exp(-0.5) - 0.5)) and k3.min() >= 0
-    assert k3[0].tolist()[3] == 5 and (k3 >= 0).all()
+    blank = torch.tensor([[9.0, 9.0, -0.5, 80.0, 9.0, 9.0]])  # e^80 would overflow
+    half = math.exp(-0.5) - 0.5
+    for options, expected in (
+        ({}, [4.9, 5.0, 0.5, -5.0, 0.0, -5.0]),
+        ({"max_abs": 0.7}, [0.7, 0.7, 0.5, -0.7, 0.0, -0.7]),
+        ({"contrast": "absolute"}, [4.9, 5.0, 0.5, 5.0, 0.0, 5.0]),
+        ({"contrast": "k3"}, [math.exp(-4.9) + 3.9, math.exp(-5.1) + 4.1, half, 5.0, 0.0, 5.0]),
+    ):
+        found = contrast_scores(zero, corrupted, blank, roles, **options)
+        torch.testing.assert_close(found, torch.tensor([expected]))
     with pytest.raises(ValueError, match="log-ratio, absolute or k3"):
-        delta(contrast="k4")
-
+        contrast_scores(zero, corrupted, blank, roles, contrast="k4")
 
 def test_weights_are_positive_and_keep_the_sign(batch):
     A, w = group_advantages(batch["rewards"], 4), weights_of(batch)
     assert (w > 0).all() and torch.equal(role_aware_advantages(A, w).sign(), A.sign()[:, None].expand_as(w))
     assert role_aware_advantages(torch.zeros(12), w).abs().max() == 0
-
 
 def test_weights_have_mean_one_so_a_response_keeps_its_total_advantage(batch):
     w, scored = weights_of(batch), batch["roles"] != O
@@ -172,17 +160,15 @@ def test_weights_have_mean_one_so_a_response_keeps_its_total_advantage(batch):
     raw = weights_of(batch, normalize=False)
     assert raw.min() >= 0.5 and raw.max() <= 2 and not torch.allclose(raw, w)
 
-
 def test_constant_contrasts_and_lambda_0_are_grpo(batch):
     b, one = batch, torch.ones(1, dtype=torch.float64)
     assert torch.allclose(token_weights(torch.full_like(b["logp"], 0.3), b["roles"]), one)
     assert (weights_of(b | {"corrupted": b["logp"], "blank": b["logp"]}) == 1).all()
-    A, w = group_advantages(b["rewards"].float(), 4), weights_of(b).float()
-    A_hat = role_aware_advantages(A, w, lam=0.0)
+    A = group_advantages(b["rewards"].float(), 4)
+    A_hat = role_aware_advantages(A, weights_of(b).float(), lam=0.0)
     assert torch.equal(A_hat, A[:, None].expand_as(A_hat))
     losses = [policy_loss(b["logp"].float(), b["old"].float(), a, b["mask"])[0] for a in (A_hat, A)]
     assert torch.equal(*losses)
-
 
 def test_weights_under_shift_scale_and_heat_and_in_order(batch):
     scores = 0.1 * torch.randn(12, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -196,19 +182,16 @@ def test_weights_under_shift_scale_and_heat_and_in_order(batch):
     wild = token_weights(1000 * scores, roles, w_min=0.5, w_max=2.0)
     assert 0.25 <= wild.min() < 0.5 and 1.5 < wild.max() <= 4
 
-
 def test_no_gradient_through_weights_and_no_input_changed(batch):
     b = {k: v.clone().requires_grad_() if v.is_floating_point() else v.clone() for k, v in batch.items()}
     w = weights_of(b)
     A_hat = role_aware_advantages(group_advantages(b["rewards"], 4), w)
-    assert not w.requires_grad and not A_hat.requires_grad
     loss, stats = policy_loss(b["logp"], b["old"], A_hat, b["mask"])
     (loss + kl_to_reference(b["logp"], b["ref"], b["mask"])).backward()
     assert b["logp"].grad.abs().sum() > 0 and b["old"].grad is None and b["ref"].grad is None
-    assert not stats["ratio"].requires_grad
+    assert not (w.requires_grad or A_hat.requires_grad or stats["ratio"].requires_grad)
     without_perception(b["mask"], b["roles"]), token_weights(b["old"], b["roles"])
     assert all(torch.equal(b[k].detach(), batch[k]) for k in batch)
-
 
 def test_the_same_positions_are_clipped_as_under_grpo(batch):
     b, A, gradients = batch, group_advantages(batch["rewards"], 4), []
@@ -220,10 +203,8 @@ def test_the_same_positions_are_clipped_as_under_grpo(batch):
     assert torch.allclose(gradients[1], gradients[0] * w)
     assert torch.equal(gradients[0] == 0, gradients[1] == 0)
 
-
 def test_padding_micro_batches_and_other_rows_do_not_matter(batch):
-    b, A = batch, group_advantages(batch["rewards"], 4)
-    w = weights_of(b)
+    b, A, w = batch, group_advantages(batch["rewards"], 4), weights_of(batch)
     A_hat, n = role_aware_advantages(A, w), b["mask"].sum()
     loss = policy_loss(b["logp"], b["old"], A_hat, b["mask"])[0]
     parts = torch.arange(12).split(5)
@@ -241,14 +222,12 @@ def test_padding_micro_batches_and_other_rows_do_not_matter(batch):
         again.backward()
         assert torch.allclose(again, loss) and logp.grad.isfinite().all()
 
-
 def test_a_response_without_both_roles_has_weight_1(batch):
     w = weights_of(batch)
     assert (w[1] == 1).all() and (w[2] == 1).all() and (w[0] != 1).any()
     empty = torch.zeros(2, 4)
-    loss, stats = policy_loss(empty, empty, torch.ones(2), torch.zeros(2, 4))
+    loss, stats = policy_loss(empty, empty, torch.ones(2), empty)
     assert loss == 0 and stats["clip_frac"] == 0 and kl_to_reference(empty, empty, empty) == 0
-
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("side", ["corrupted", "blank"])
@@ -256,55 +235,45 @@ def test_a_contrast_that_is_not_finite_makes_its_response_grpo(batch, bad, side)
     row, t = 0, int((batch["roles"][0] == (P if side == "corrupted" else R)).nonzero()[0])
     broken = batch | {side: batch[side].clone()}
     broken[side][row, t] = bad
-    delta, w = delta_of(broken), weights_of(broken)
+    delta, w, A = delta_of(broken), weights_of(broken), group_advantages(batch["rewards"], 4)
     assert delta[row, t].isnan() and delta.isnan().sum() == 1
     assert (w[row] == 1).all() and torch.equal(w[1:], weights_of(batch)[1:])
-    A = group_advantages(batch["rewards"], 4)
     assert (role_aware_advantages(A, w)[row] == A[row]).all()
 
-
-def test_overflowing_ratios_stay_finite():
-    logp = torch.tensor([[-1.0, -0.5]], requires_grad=True)
-    for advantage in (0.0, 1.0, -1.0):
-        mask, A = torch.ones(1, 2), torch.tensor([advantage])
-        loss, _ = policy_loss(logp, torch.tensor([[-120.0, -0.5]]), A, mask)
-        (loss + kl_to_reference(logp, torch.tensor([[200.0, -0.5]]), mask)).backward()
-        assert loss.isfinite() and logp.grad.isfinite().all()
-
-
-def test_eos_is_trained_and_padding_is_not():
-    logp = torch.zeros(1, 6, requires_grad=True)
+def test_eos_is_trained_padding_is_not_and_overflowing_ratios_stay_finite():
+    logp, old = torch.zeros(1, 6, requires_grad=True), torch.zeros(1, 6)
     mask = torch.tensor([[1, 1, 1, 1, 0, 0]])  # position 3 is EOS
     w = token_weights(torch.tensor([[1.0, 0, 0, 0, 0, 0]]), torch.tensor([[P, R, O, O, O, O]]))
-    policy_loss(logp, torch.zeros(1, 6), role_aware_advantages(torch.tensor([2.0]), w), mask)[0].backward()
+    policy_loss(logp, old, role_aware_advantages(torch.tensor([2.0]), w), mask)[0].backward()
     assert logp.grad[0, 3] == -2 / 4 and (logp.grad[0, 4:] == 0).all()
-
+    for advantage in (0.0, 1.0, -1.0):
+        loss, _ = policy_loss(logp, old - 120, torch.tensor([advantage]), mask)
+        (loss + kl_to_reference(logp, old + 200, mask)).backward()
+        assert loss.isfinite() and logp.grad.isfinite().all()
 
 def test_dtypes_and_bad_arguments(batch):
-    b, A = batch, group_advantages(batch["rewards"], 4)
+    b, A, wrong = batch, group_advantages(batch["rewards"], 4), batch["logp"][:, :5]
     half = {k: v.bfloat16() if v.is_floating_point() else v for k, v in b.items()}
     assert weights_of(half).dtype == torch.float32
     kinds = (torch.bool, torch.long, torch.float)
     losses = [policy_loss(half["logp"], half["old"], A, b["mask"].to(t))[0] for t in kinds]
     assert losses[0] == losses[1] == losses[2] and losses[0].dtype != torch.bfloat16
-    wrong = b["logp"][:, :5]
-    for call in (
-        lambda: contrast_scores(b["logp"], wrong, b["blank"], b["roles"]),
-        lambda: shared_baseline(wrong, b["roles"]),
-        lambda: token_weights(b["logp"], wrong),
-        lambda: role_aware_advantages(A[:3], b["logp"]),
-        lambda: policy_loss(b["logp"], wrong, A, b["mask"]),
-        lambda: policy_loss(b["logp"], b["old"], wrong, b["mask"]),
-        lambda: kl_to_reference(b["logp"], wrong, b["mask"]),
+    shapes = r"\[12, 11\].*\[12, 5\]|\[12, 5\].*\[12, 11\]|\[3.*\[12, 11\]"
+    for call, args, options, said in (
+        (contrast_scores, (b["logp"], wrong, b["blank"], b["roles"]), {}, shapes),
+        (shared_baseline, (wrong, b["roles"]), {}, shapes),
+        (token_weights, (b["logp"], wrong), {}, shapes),
+        (role_aware_advantages, (A[:3], b["logp"]), {}, shapes),
+        (policy_loss, (b["logp"], wrong, A, b["mask"]), {}, shapes),
+        (policy_loss, (b["logp"], b["old"], wrong, b["mask"]), {}, shapes),
+        (kl_to_reference, (b["logp"], wrong, b["mask"]), {}, shapes),
+        (token_weights, (b["logp"], b["roles"]), {"tau": 0.0}, "need tau"),
+        (token_weights, (b["logp"], b["roles"]), {"w_min": 0.0}, "need tau"),
+        (token_weights, (b["logp"], b["roles"]), {"w_min": 2.0, "w_max": 1.0}, "need tau"),
+        (role_aware_advantages, (A, b["logp"]), {"lam": 1.5}, "lam"),
     ):
-        with pytest.raises(ValueError, match=r"\[12, 11\].*\[12, 5\]|\[12, 5\].*\[12, 11\]|\[3.*\[12, 11\]"):
-            call()
-    for options in ({"tau": 0.0}, {"w_min": 0.0}, {"w_min": 2.0, "w_max": 1.0}):
-        with pytest.raises(ValueError, match="need tau"):
-            token_weights(b["logp"], b["roles"], **options)
-    with pytest.raises(ValueError, match="lam"):
-        role_aware_advantages(A, b["logp"], lam=1.5)
-
+        with pytest.raises(ValueError, match=said):
+            call(*args, **options)
 
 def test_role_balanced_baseline_and_flip_by_hand():
     scores = torch.tensor([[0.4, 0.0, 0.2, 0.4, 0.6, 0.0]], dtype=torch.float64)
@@ -314,33 +283,27 @@ def test_role_balanced_baseline_and_flip_by_hand():
     w = token_weights(scores, roles, role_balanced=True, normalize=False)
     torch.testing.assert_close(w[0, :5], (scores[0, :5] - 0.3).exp())
     flipped = token_weights(scores.expand(2, -1), roles.expand(2, -1), flip=torch.tensor([False, True]))
-    torch.testing.assert_close(flipped[:1], token_weights(scores, roles))
-    torch.testing.assert_close(flipped[1:], token_weights(-scores, roles))
-
+    torch.testing.assert_close(flipped, torch.cat([token_weights(x, roles) for x in (scores, -scores)]))
 
 # --------------------------------------------------------------------------------------------- tags and roles
 
 GOOD = "<perception>a</perception><reasoning>b</reasoning><answer>c</answer>"
-
-
 TAGS = re.findall(r"<.*?>", GOOD)
 BAD = ["", "plain", GOOD.upper(), GOOD * 2, "Sure! " + GOOD, GOOD + " Done.", GOOD + "<answer>d</answer>"]
 BAD += [GOOD.replace(tag, "") for tag in TAGS] + [GOOD.replace(tag, tag * 2) for tag in TAGS]
 BAD += [GOOD[:end] for end in range(len(GOOD))]  # cut off
-BAD += [GOOD.replace("perception>", "Perception>"), GOOD.replace("<answer>", "<answer >")]
-BAD += [GOOD.replace("<reasoning>", "so <reasoning>"), GOOD.replace("<perception>", "</perception>", 1)]
-BAD += [GOOD.replace(">b<", "><answer>b</answer><"), GOOD.replace(">a<", ">x</answer><")]
-BAD += [GOOD.replace(">a<", ">the <reasoning> tag<")]
+SWAPS = [("perception>", "Perception>"), ("<answer>", "<answer >"), ("<reasoning>", "so <reasoning>")]
+SWAPS += [("<perception>", "</perception>"), (">b<", "><answer>b</answer><"), (">a<", ">x</answer><")]
+SWAPS += [(">a<", ">the <reasoning> tag<"), ("<perception>a</perception>", "</perception>a<perception>")]
+BAD += [GOOD.replace(*swap) for swap in SWAPS]
 BAD += ["<perception>a<reasoning>b</reasoning></perception><answer>c</answer>"]  # nested
 BAD += ["<perception>a<reasoning>b</perception></reasoning><answer>c</answer>"]  # crossed
 BAD += ["<reasoning>b</reasoning><perception>a</perception><answer>c</answer>"]  # swapped
 BAD += ["<perception>a</perception><answer>c</answer><reasoning>b</reasoning>"]
-BAD += ["</perception>a<perception><reasoning>b</reasoning><answer>c</answer>"]
 GOOD_ONES = [(GOOD, "a", "b", "c"), (f"\r\n {GOOD}\t\n", "a", "b", "c")]
 GOOD_ONES += [(GOOD.replace("><", ">\r\n<").replace("a<", "x\r\ny\n<"), "x\r\ny\n", "b", "c")]
 GOOD_ONES += [(GOOD.replace(">a<", "><"), "", "b", "c"), (GOOD.replace(">b<", "> \n<"), "a", " \n", "c")]
-GOOD_ONES += [(GOOD.replace(">a<", f">{a}<"), a, "b", "c") for a in ("红色的圆 🙂", "<b>x < y</b> <PERCEPTION><")]
-
+GOOD_ONES += [(GOOD.replace(">a<", f">{a}<"), a, "b", "c") for a in ("红色的圆 🙂", "<b>x < y</b> <P><")]
 
 @pytest.mark.parametrize("text, blocks", [(text, None) for text in BAD] + [(g[0], g[1:]) for g in GOOD_ONES])
 def test_parser_accepts_exactly_the_structure(text, blocks):
@@ -348,41 +311,32 @@ def test_parser_accepts_exactly_the_structure(text, blocks):
     spans = found and (found.perception, found.reasoning, found.answer)
     assert (spans and tuple(text[slice(*span)] for span in spans)) == blocks
 
-
 def test_parser_searches_the_text_a_fixed_number_of_times():
     """Linear: there are few searches, however many broken tags the text holds."""
+    calls = []
 
     class Counted(str):
-        calls = 0
-
-        def find(self, *args):
-            Counted.calls += 1
-            return str.find(self, *args)
-
-        def count(self, *args):
-            Counted.calls += 1
-            return str.count(self, *args)
+        def __getattribute__(self, name):
+            calls.append(name)
+            return super().__getattribute__(name)
 
     tag = "<perception>"
     for unit in ("<", tag[:-1], tag, "</perception>", f"{tag}</perception>", "a ", "\n"):
         for text in (unit * 20_000, GOOD.replace(">a<", f">{unit * 20_000}<")):
-            Counted.calls = 0
+            calls.clear()
             assert parse_response(Counted(text)) is None or "perception>" not in unit
-            assert Counted.calls <= 12
-
+            assert 0 < len(calls) <= 12
 
 def test_tags_can_be_renamed_and_must_differ():
     found = parse_response("<see>a</see><think></think><say>c</say>", Tags("see", "think", "say"))
     assert found == Response((5, 6), (19, 19), (32, 33))
-    for wrong in (("a", "a", "b"), ("", "a", "b")):
+    for wrong in ("aab", ("", "a", "b")):
         with pytest.raises(ValueError, match="different"):
             Tags(*wrong)
-
 
 def roles_of(*pieces, **options):
     pieces = [p if isinstance(p, bytes) else p.encode() for p in pieces]
     return token_roles(*text_and_offsets(pieces), **options).tolist()
-
 
 def test_roles_come_from_the_sampled_pieces_also_when_they_straddle_a_tag():
     # Straddling tokens (">a", "b</") count for the block; tags alone, white space and EOS (no bytes) do not.
@@ -394,39 +348,32 @@ def test_roles_come_from_the_sampled_pieces_also_when_they_straddle_a_tag():
     assert roles_of(*GOOD).count(P) == 1 and roles_of(*GOOD).count(R) == 1
     assert roles_of(*"".join(pieces[:-5])) == [O] * len("".join(pieces[:-5]))  # cut off: no roles at all
     assert token_roles("", []).shape == (0,)
-
-
-def test_roles_of_tokens_with_half_a_character():
-    smile = "🙂".encode()
+    smile = "🙂".encode()  # tokens of half a character
     text, offsets = text_and_offsets([b"<perception>", smile[:2], smile[2:] + b"</", b"perception>\xff"])
     assert text == "<perception>🙂</perception>\ufffd" and offsets[1] == (12, 13) and offsets[2] == (12, 15)
     pieces = [b"<perception>", smile[:1], smile[1:3], smile[3:] + b"</perception><reasoning>", b"b"]
     assert roles_of(*pieces, GOOD[38:].encode()) == [O, P, P, P, R, O]
-
-
-def test_bytes_of_tokens():
     assert srpo.token_bytes("Ġb2") == b" b2" and srpo.token_bytes("ÃĹĊ") == "\u00d7\n".encode()
     with pytest.raises(ValueError, match="not a byte-level"):
         srpo.token_bytes("\u2581b2")
-
 
 def test_without_perception_hides_the_whole_span():
     roles = torch.tensor([[O, P, O, P, O, R], [O, O, R, R, O, O]])
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
     assert without_perception(mask, roles).tolist() == [[1, 0, 0, 0, 1, 1], [1, 1, 1, 1, 0, 0]]
-    assert mask[0].tolist() == [1] * 6
-
 
 # ------------------------------------------------------------------------------------------------- the README
 
-def section(title):
-    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+def section(title, text=README):
+    return text.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
+def code(text):
+    """The first block of Python in a text."""
+    return re.search(r"```python\n(.*?)```", text, re.S)[1]
 
-def test_the_worked_example_is_computed_from_its_own_inputs():
+def test_the_six_lines_run_and_the_worked_example_is_computed_from_its_own_inputs(batch):
     text = section("A worked example")
-    rewards = [float(x) for x in re.search(r"rewards `(.*?)`", text)[1].split(",")]
-    A = group_advantages(rewards, 2)[:1]
+    A = group_advantages([float(x) for x in re.search(r"rewards `(.*?)`", text)[1].split(",")], 2)[:1]
     (table,) = re.findall(r"(?:^\|.*\n)+", text, flags=re.M)
     cells = ([c.strip() for c in line[1:-1].split("|")] for line in table.splitlines())
     rows = {name: values for name, *values in cells}
@@ -439,104 +386,78 @@ def test_the_worked_example_is_computed_from_its_own_inputs():
     for name, values in computed.items():
         for shown, value in zip(rows[name], values[0].tolist(), strict=True):
             assert not shown or shown == f"{value:.2f}", (name, shown, value)
-
-
-def test_the_six_lines_of_the_readme_run(batch):
     names = vars(srpo) | batch | {"group_size": 4, "old_logp": batch["old"]}
     names |= {"logp_corrupted": batch["corrupted"], "logp_blank": batch["blank"]}
-    exec(re.search(r"```python\n(.*?)```", README, re.S)[1], names)
+    exec(code(README), names)
     assert names["grpo_loss"] != names["srpo_loss"] and names["A_hat"].shape == (12, 11)
-
-
-def test_the_readmes_ledger_is_the_choices():
-    form = r'^\| `(\w+)` \| "(.*?)" \| (.*?) \| (.*?) \| (.*?) \|$'
-    shown = {row[0]: row[1:] for row in re.findall(form, section("What the abstract leaves open"), re.M)}
-    lower = lambda *values: ", ".join(str(x).lower() for x in values)  # noqa: E731
-    assert shown == {name: (*v[:2], lower(v[2]), lower(*v[3])) for name, v in CHOICES.items()}
-
-
-def test_what_the_readmes_name_exists():
-    more = (HERE / "extras/README.md").read_text(encoding="utf-8")
-    for name in re.findall(r"`(test_\w+)`", README):
-        assert name in globals(), name
-    for line in re.findall(r"^python train\.py (.*?)(?: *#.*)?$", README + more, re.M):
-        if "--help" not in line:
-            train.build_parser().parse_args(shlex.split(line))
-    options = train.build_parser()._option_string_actions
-    beyond = "".join(p.read_text(encoding="utf-8") for p in (HERE / "extras").glob("*.py"))
-    for option in re.findall(r"`(--[a-z-]+)", README + more):
-        assert option in options or f'"{option}"' in beyond, option
-    for path in re.findall(r"\]\((?!http|#)([^)#]+)", README):
-        assert (HERE / path).exists(), path
-    cells = re.findall(r"^\| (`.*?) \|", more.split("## What is logged")[1].split("\n## ")[0], re.M)
-    assert set(re.findall(r"`(\w+)`", " ".join(cells))) == LOGGED
-
 
 LOGGED = {"reward", "accuracy", "format", "perception", "grounded", "consistent", "loss", "grad_norm", "kl"}
 LOGGED |= {"clip_frac", "ratio_off", "entropy", "length", "used_groups", "w_perception", "w_reasoning"}
 LOGGED |= {"sec_generate", "sec_score", "sec_update"}
 
+def test_what_the_readmes_name_exists():
+    form = r'^\| `(\w+)` \| "(.*?)" \| (.*?) \| (.*?) \| (.*?) \|$'
+    shown = {row[0]: row[1:] for row in re.findall(form, section("What the abstract leaves open"), re.M)}
+    lower = lambda *values: ", ".join(str(x).lower() for x in values)  # noqa: E731
+    assert shown == {name: (*v[:2], lower(v[2]), lower(*v[3])) for name, v in CHOICES.items()}
+    for name in re.findall(r"`(test_\w+)`", README):
+        assert name in globals(), name
+    for line in re.findall(r"^python train\.py (.*?)(?: *#.*)?$", README + MORE, re.M):
+        if "--help" not in line:
+            train.build_parser().parse_args(shlex.split(line))
+    options = train.build_parser()._option_string_actions
+    beyond = "".join(p.read_text(encoding="utf-8") for p in (HERE / "extras").glob("*.py"))
+    for option in re.findall(r"`(--[a-z-]+)", README + MORE):
+        assert option in options or f'"{option}"' in beyond, option
+    for path in re.findall(r"\]\((?!http|#)([^)#]+)", README):
+        assert (HERE / path).exists(), path
+    cells = re.findall(r"^\| (`.*?) \|", section("What is logged", MORE), re.M)
+    assert set(re.findall(r"`(\w+)`", " ".join(cells))) == LOGGED
 
-def test_the_loss_to_copy_runs_on_a_stock_model(policy, monkeypatch):
+def test_the_loss_to_copy_runs_on_a_stock_model(policy, scored, monkeypatch):
     """The README's block, with what a processor returns, against `Policy.log_probs`."""
     monkeypatch.setattr(policy, "forbidden", policy.forbidden[:0])  # stock: the whole vocabulary
-    examples = data.DrawnTask("count").train_batch(0, 1) + data.DrawnTask("compare").train_batch(0, 1)
-    prompts = policy.encode(examples, lambda i, image: corrupt(image, patch=policy.patch, seed=i))
-    which, rng = torch.tensor([0, 0, 1, 1]), np.random.default_rng(0)
-    rollout = policy.as_rollout([data.demonstrate(examples[i], 0.5, rng) for i in which])
-    rollout.prompt = which
-    roles, visible = roles_and_visible(policy, rollout)
-    ids, mask = torch.cat([prompts.ids[which], rollout.ids], 1), rollout.mask.long()
+    prompts, _, written = scored
+    roles, visible = roles_and_visible(policy, written)
+    ids, mask = torch.cat([prompts.ids, written.ids], 1), written.mask.long()
     names = vars(srpo) | {"torch": torch, "model": policy.model, "roles": roles, "mask": mask}
     names |= {"T": mask.shape[1], "rewards": [1.0, 0.0, 0.0, 1.0], "group_size": 2}
-    names["corrupted_pixels"] = torch.cat([prompts.corrupted[i] for i in which])
-    names["inputs"] = {
-        "input_ids": ids,
-        "attention_mask": torch.cat([prompts.mask[which], mask], 1),
-        "mm_token_type_ids": (ids == policy.image_token).long(),
-        "pixel_values": torch.cat([prompts.pixels[i] for i in which]),
-        "image_grid_thw": torch.cat([prompts.grids[i] for i in which]),
-    }
-    assert (prompts.mask == 0).any() and not rollout.mask.all()  # padding on both sides
+    inputs = {"input_ids": ids, "attention_mask": torch.cat([prompts.mask, mask], 1)}
+    inputs |= {"pixel_values": torch.cat(prompts.pixels), "image_grid_thw": torch.cat(prompts.grids)}
+    names["inputs"] = inputs | {"mm_token_type_ids": (ids == policy.image_token).long()}
+    names["corrupted_pixels"] = torch.cat(prompts.corrupted)
+    assert not mask.all()  # padding on both sides
     policy.model.zero_grad()
-    exec(re.search(r"```python\n(.*?)```", section("Copy the loss"), re.S)[1], names)
+    exec(code(section("Copy the loss")), names)
     assert policy.model.model.language_model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
-    ours = partial(policy.log_probs, prompts, rollout, temperature=1.0)
-    found = {"old_logp": (rollout.mask, {}), "logp_corrupted": (roles == P, {"corrupted": True})}
+    ours = partial(policy.log_probs, prompts, written, temperature=1.0)
+    found = {"old_logp": (written.mask, {}), "logp_corrupted": (roles == P, {"corrupted": True})}
     found["logp_blank"] = roles == R, {"visible": visible}
     for name, (where, options) in found.items():
         with torch.no_grad():
             torch.testing.assert_close(names[name][where], ours(**options)[0][where], atol=1e-4, rtol=1e-4)
     assert names["delta"][roles == P].abs().min() > 0 and names["A_hat"].shape == mask.shape
 
-
 # --------------------------------------------------------------------------------------------------- the loop
 
 SMALL = ["--steps", "6", "--prompts", "4", "--group-size", "4", "--save-every", "2", "--eval-size", "16"]
 QUICK = ["--eval-size", "128", "--eval-every", "0"]  # the default task and warm-up
-
+ONE = [*QUICK, *SMALL, "--steps", "1", "--eval-size", "2"]
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
     """Warmed-up models are made once for all tests."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
-
 def run(out, *argv):
     """Records of a run of train.py: evaluations, steps."""
     assert train.main([*map(str, argv), "--out", str(out)]) == 0
-    return records(out)
-
-
-def records(out):
     log = train.Run(out).log()
     return [r for r in log if "eval" in r], [r for r in log if "eval" not in r]
-
 
 def numbers(out):
     """All records of a run, seconds aside."""
     return [{k: v for k, v in r.items() if not k.startswith("sec_")} for r in train.Run(out).log()]
-
 
 def test_training_improves_and_its_grpo_twin_too(tmp_path, capsys):
     found = {}
@@ -552,7 +473,6 @@ def test_training_improves_and_its_grpo_twin_too(tmp_path, capsys):
         assert (min(weights) == max(weights) == 1) == (algo == "grpo")
     (srpo, steps), (grpo, twin) = found.values()
     assert srpo[0] == grpo[0] and steps[0]["reward"] == twin[0]["reward"]  # the same start
-
 
 def test_a_killed_run_resumes_to_the_same_numbers(tmp_path):
     options = [*QUICK, *SMALL, "--inner-epochs", "2", "--micro-batch", "300", "--kl-coef", "0.01"]
@@ -571,38 +491,31 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path):
         file.write('{"step": 9, "rew')  # cut off in the middle of a line
     torn = killed.path / "checkpoint-000006.1.tmp"
     torn.mkdir()  # left by a kill inside a save
-    assert train.main(["--resume", str(killed.path)]) == 0
-    assert numbers(killed.path) == expected and not torn.exists()
+    for _ in range(2):  # the second time nothing is left to do
+        assert train.main(["--resume", str(killed.path)]) == 0
+        assert numbers(killed.path) == expected and not torn.exists()
     runs = (train.Run(tmp_path / "whole"), killed)
     weights = [model.load(str(r.checkpoint())).model.state_dict() for r in runs]
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
-    assert train.main(["--resume", str(killed.path)]) == 0  # nothing left to do
-    assert numbers(killed.path) == expected
-
 
 def test_micro_batches_do_not_change_a_step(tmp_path):
-    argv = [*QUICK, *SMALL, "--steps", 1]
-    (whole,), (split,) = (run(tmp_path / str(n), *argv, "--micro-batch", n)[1] for n in (9999, 100))
+    (whole,), (split,) = (run(tmp_path / str(n), *ONE, "--micro-batch", n)[1] for n in (9999, 100))
     assert whole["grad_norm"] > 0 and whole["w_perception"] != 1
-    names = whole.keys() - {"ratio_off", "kl", "sec_generate", "sec_score", "sec_update"}
-    assert {k: split[k] for k in names} == {k: pytest.approx(whole[k], rel=1e-3, abs=1e-6) for k in names}
-    _, (half,) = run(tmp_path / "half", *argv, "--dtype", "bfloat16")
+    same = {k: x for k, x in whole.items() if k not in ("ratio_off", "kl") and k[:4] != "sec_"}
+    assert {k: split[k] for k in same} == pytest.approx(same, rel=1e-3, abs=1e-6)
+    _, (half,) = run(tmp_path / "half", *ONE, "--dtype", "bfloat16")
     assert half["ratio_off"] < 0.05 and half["loss"] != whole["loss"]  # under autocast, which rounds
-
-
-VARIANTS = [f"{name}={str(x).lower()}" for name, v in CHOICES.items() for x in v[3]]
-
 
 @pytest.fixture(scope="module")
 def default_step(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("run") / "out", *QUICK, *SMALL, "--steps", 1, "--eval-size", 2)[1][0]
+    return run(tmp_path_factory.mktemp("run") / "out", *ONE)[1][0]
 
+VARIANTS = [f"{name}={str(x).lower()}" for name, v in CHOICES.items() for x in v[3]]
 
 @pytest.mark.parametrize("choice", VARIANTS)
 def test_every_open_choice_reaches_the_update(choice, default_step, tmp_path):
-    _, (step,) = run(tmp_path / "out", *QUICK, *SMALL, "--steps", 1, "--eval-size", 2, "--choice", choice)
+    _, (step,) = run(tmp_path / "out", *ONE, "--choice", choice)
     assert step["grad_norm"] != default_step["grad_norm"] and step["reward"] == default_step["reward"]
-
 
 @pytest.mark.parametrize("side, bad", [("corrupted", NAN), ("visible", -INF)])
 def test_in_the_loop_a_score_that_is_not_finite_makes_its_response_grpo(side, bad, tmp_path, monkeypatch):
@@ -619,63 +532,49 @@ def test_in_the_loop_a_score_that_is_not_finite_makes_its_response_grpo(side, ba
         return logp, entropy
 
     monkeypatch.setattr(train, "token_weights", recorded)
-    argv = [*QUICK, *SMALL, "--steps", 1, "--eval-size", 2, "--device", "cpu"]
-    run(tmp_path / "good", *argv)
+    run(tmp_path / "good", *ONE)
     monkeypatch.setattr(model.Policy, "log_probs", faulty)
-    _, (step,) = run(tmp_path / "bad", *argv)
-    (roles, good), (_, broken) = seen[1], seen[-1]
+    _, (step,) = run(tmp_path / "bad", *ONE)
+    _, (roles, good), _, (_, broken) = seen  # parsing the options calls it too
     changed = (good != broken).any(1).nonzero()[:, 0].tolist()
     assert len(changed) == 1 and (broken[changed] == 1).all() and len(roles[changed].unique()) == 3
     assert math.isfinite(step["loss"]) and math.isfinite(step["grad_norm"]) and step["grad_norm"] > 0
-
 
 def test_groups_without_a_spread_are_neither_scored_nor_trained(tmp_path, monkeypatch):
     read, scored = [], model.Policy._read
     monkeypatch.setattr(train, "verify", lambda text, example: data.Verdict(0.5, 0.0, 0.0))
     monkeypatch.setattr(model.Policy, "_read", lambda *args: read.append(len(args[2])) or scored(*args))
-    argv = [*QUICK, *SMALL, "--steps", 1, "--eval-size", 2]
-    _, (step,) = run(tmp_path / "out", *argv)
+    _, (step,) = run(tmp_path / "out", *ONE)
     assert read == [2, 4, 2]  # to sample: before, in the step, after
     assert step["used_groups"] == step["grad_norm"] == 0 and step["entropy"] is step["w_perception"] is None
 
-
 def test_own_data_trains_and_evaluates(jsonl, tmp_path):
-    options = ["--data", jsonl(), *QUICK, *SMALL, "--max-new-tokens", 8, "--temperature", 3]
-    evals, (step,) = run(tmp_path / "out", *options, "--steps", 1)
+    options = ["--data", jsonl(), "--max-new-tokens", 8]
+    evals, (step,) = run(tmp_path / "out", *options, *QUICK, *SMALL, "--temperature", 3, "--steps", 1)
     assert step["grounded"] is None and evals[0]["eval"]["n"] == 2 and evals[1]["step"] == 1
     checkpoint = train.Run(tmp_path / "out").checkpoint()
-    argv = ["--steps", 0, "--model", checkpoint, *options[:2], "--max-new-tokens", 8]
-    (only,), none = run(tmp_path / "eval", *argv)
+    (only,), none = run(tmp_path / "eval", *options, "--steps", 0, "--model", checkpoint)
     assert only["eval"]["n"] == 20 and only["step"] == 0 and not none
 
+REWARDS = [("float(len(text) % 3)", None), ("data.Verdict(len(text) % 3, 0.5, 0.0)", None)]
+REWARDS += [("float('nan')", "not finite"), ("1 / 0", "ZeroDivisionError")]
 
-@pytest.mark.parametrize(
-    "body, said",
-    [
-        ("def f(text, example): return float(len(text) % 3)", None),
-        ("import data\ndef f(text, example): return data.Verdict(len(text) % 3, 0.5, 0.0)", None),
-        ("def f(text, example): return float('nan')", "not finite"),
-        ("def f(text, example): return 1 / 0", "ZeroDivisionError"),
-        ("def g(text, example): return 1.0", "no such function"),
-    ],
-)
-def test_your_own_reward(body, said, tmp_path, capsys):
-    (tmp_path / "my.py").write_text(body)
-    argv = [*QUICK, *SMALL, "--steps", 1, "--reward", f"{tmp_path}/my.py:f"]
+@pytest.mark.parametrize("value, said", REWARDS)
+def test_your_own_reward(value, said, tmp_path, capsys):
+    (tmp_path / "my.py").write_text(f"import data\ndef f(text, example): return {value}")
+    argv = [*ONE, "--reward", f"{tmp_path}/my.py:f"]
     if said:
         message = complaint(capsys, *argv, "--out", tmp_path / "out")
-        assert said in message and "my.py:f" in message and ("How many" in message or "no such" in said)
+        assert said in message and "my.py:f" in message and "How many" in message
     else:
-        (first, _), (step,) = run(tmp_path / "out", *argv)
-        assert 0.1 < step["reward"] < 1.9 and (step["format"] == 0) == ("Verdict" in body)
-
+        _, (step,) = run(tmp_path / "out", *argv)
+        assert 0.1 < step["reward"] < 1.9 and (step["format"] == 0) == ("Verdict" in value)
 
 # ------------------------------------------------------------------------------------------------- the policy
 
 @pytest.fixture(scope="module")
 def policy():
     return model.build_tiny(seed=0)
-
 
 @pytest.fixture(scope="module")
 def scored(policy):
@@ -688,13 +587,11 @@ def scored(policy):
     assert (prompts.mask == 0).any()
     return prompts, rollout, written
 
-
 def roles_and_visible(policy, written):
     roles = torch.zeros(written.mask.shape, dtype=torch.long)
     for row, (text, offsets) in enumerate(policy.decode(written)):
         roles[row, : len(offsets)] = token_roles(text, offsets)
     return roles, without_perception(written.mask, roles)
-
 
 def plain(policy, prompts, rollout, temperature=0.7, corrupted=False, visible=None, cut=False):
     """Log-probs [B, T] by stock calls of the model: a prompt of its own for each row, hidden tokens masked in
@@ -718,24 +615,22 @@ def plain(policy, prompts, rollout, temperature=0.7, corrupted=False, visible=No
         found = found.index_put((torch.full_like(shown, b), shown), logp[visible[b, kept], 0])
     return found
 
-
 def same_scores(policy, prompts, cases, atol):
     """log_probs against `plain`, values and gradients."""
+    ours = lambda *args, **options: policy.log_probs(*args, temperature=0.7, **options)[0]  # noqa: E731
     results = []
-    for way in (lambda *a, **o: policy.log_probs(*a, temperature=0.7, **o)[0], partial(plain, policy)):
+    for way in (ours, partial(plain, policy)):
         policy.model.zero_grad()
         found = []
         for rollout, wanted, options in cases:
-            stock = isinstance(way, partial)
-            logp = way(prompts, rollout, **options, **({} if stock or wanted is None else {"wanted": wanted}))
-            found.append(logp if wanted is None else logp * wanted)
+            asked = {} if way is not ours or wanted is None else {"wanted": wanted}
+            found.append(way(prompts, rollout, **options, **asked) * (1 if wanted is None else wanted))
         sum(x.sum() for x in found).backward()
         grads = [p.grad.clone() for p in policy.model.parameters() if p.grad is not None]
         results.append([x.detach() for x in found] + grads)
     assert len(results[0]) == len(results[1]) and results[0][-1].abs().sum() > 0
-    for ours, stock in zip(*results, strict=True):
-        torch.testing.assert_close(ours, stock, atol=atol, rtol=atol)
-
+    for one, stock in zip(*results, strict=True):
+        torch.testing.assert_close(one, stock, atol=atol, rtol=atol)
 
 @pytest.mark.parametrize("micro_batch", [16384, 200, 1])
 def test_log_probs_and_gradients_are_those_of_stock_calls(policy, scored, micro_batch, monkeypatch):
@@ -751,7 +646,6 @@ def test_log_probs_and_gradients_are_those_of_stock_calls(policy, scored, micro_
         logp, entropy = policy.log_probs(prompts, rollout, temperature=0.7, reuse=True)
         assert torch.allclose(logp, rollout.logp, atol=1e-4) and (entropy[rollout.mask] > 0).all()
 
-
 def test_hidden_perception_equals_removed_perception_and_contrasts_are_not_zero(policy, scored):
     prompts, _, written = scored
     roles, visible = roles_and_visible(policy, written)
@@ -764,7 +658,6 @@ def test_hidden_perception_equals_removed_perception_and_contrasts_are_not_zero(
         corrupted = policy.log_probs(prompts, written, temperature=1.0, corrupted=True)[0]
     delta = contrast_scores(logp, corrupted, blank, roles)
     assert (delta[roles != O].abs() > 1e-4).all()
-
 
 def test_micro_batches_stay_within_the_budget(policy, scored, monkeypatch):
     lengths, prompt = torch.randint(1, 40, (48,)), torch.arange(12).repeat_interleave(4)
@@ -779,16 +672,11 @@ def test_micro_batches_stay_within_the_budget(policy, scored, monkeypatch):
     assert [len(b) for b in policy.micro_batches(scored[0], rollout, used)] == [1] * int(used.sum())
     assert policy.micro_batches(scored[0], rollout, ~mask[:, 0]) == []
 
-
-def test_draws_have_the_given_probabilities():
+def test_draws_have_the_given_probabilities_and_placeholders_have_none(policy):
     p = torch.tensor([[0.0, 0.5, 0.0, 0.3, 0.2, 0.0]]).expand(20000, -1)
     drawn = model.draw(p, torch.Generator().manual_seed(0))
-    assert drawn.shape == (20000, 1)
+    assert drawn.shape == (20000, 1) and set(drawn.flatten().tolist()) == {1, 3, 4}
     torch.testing.assert_close(drawn.flatten().bincount(minlength=6) / 20000, p[0], atol=0.015, rtol=0)
-    assert set(drawn.flatten().tolist()) == {1, 3, 4}  # never what has no probability
-
-
-def test_placeholders_and_unknown_ids_are_neither_sampled_nor_counted(policy):
     probabilities = policy._log_softmax(torch.randn(5, 128), 1.0).exp()
     config = policy.model.config
     assert policy.forbidden.tolist() == [config.image_token_id, config.video_token_id]
@@ -797,7 +685,6 @@ def test_placeholders_and_unknown_ids_are_neither_sampled_nor_counted(policy):
     example = data.DrawnTask("count").train_batch(0, 1)[0]
     with pytest.raises(data.InputError, match="rows.jsonl:7.*image_pad"):
         policy.encode([replace(example, question="see <|image_pad|>", source="rows.jsonl:7")])
-
 
 def test_logits_exist_only_for_a_chunk_of_response_positions(policy, scored, monkeypatch):
     prompts, rollout, _ = scored
@@ -813,24 +700,25 @@ def test_logits_exist_only_for_a_chunk_of_response_positions(policy, scored, mon
     assert max(sizes) == 7 and sum(sizes) == 2 * rollout.mask.sum()  # again in the backward pass
     assert torch.allclose(*gradients, atol=1e-4)
 
+def same_weights(one, other):
+    mine, theirs = one.model.state_dict(), other.model.state_dict()
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
 
-def test_saved_folder_restores_every_weight_and_word(policy, tmp_path, capsys):
+def test_saved_folder_restores_every_weight_and_word(policy, tmp_path):
     from safetensors.torch import load_file, save_file
 
     policy.save(tmp_path)
     again = model.load(str(tmp_path))
-    mine, theirs = policy.model.state_dict(), again.model.state_dict()
-    assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
     example = data.DrawnTask("add").train_batch(0, 1)
     one, other = policy.encode(example), again.encode(example)
     assert torch.equal(one.ids, other.ids) and torch.equal(one.pixels[0], other.pixels[0])
-    assert again.eos == policy.eos and again.instruction == "" and model.is_tiny(str(tmp_path))
+    assert same_weights(again, policy) and again.eos == policy.eos
+    assert again.instruction == "" and model.is_tiny(str(tmp_path))
     weights = next(tmp_path.glob("*.safetensors"))
     tensors = {k.replace("layers.1", "layer.1"): v for k, v in load_file(weights).items()}  # wrong names
     save_file(tensors, weights, metadata={"format": "pt"})
     with pytest.raises(data.InputError, match="missing"):
         model.load(str(tmp_path))
-
 
 def test_weights_are_fp32_masters_which_small_updates_move(tmp_path):
     """At lr 1e-6 an update is below half an ulp of a bf16 weight: it would be rounded away."""
@@ -841,117 +729,14 @@ def test_weights_are_fp32_masters_which_small_updates_move(tmp_path):
         policy = model.load(str(tmp_path), dtype=torch.bfloat16)
         assert {p.dtype for p in policy.model.parameters()} == {torch.float32}
         policy.model.to(dtype)
-        examples = data.DrawnTask("count").train_batch(0, 2)
-        written = policy.as_rollout(["<answer> 1</answer>"] * 2)
-        logp, _ = policy.log_probs(policy.encode(examples), written, temperature=1.0)
-        assert logp.dtype == torch.float32
+        prompts = policy.encode(data.DrawnTask("count").train_batch(0, 2))
+        logp, _ = policy.log_probs(prompts, policy.as_rollout(["<answer> 1</answer>"] * 2), temperature=1.0)
         logp.sum().backward()
         weight = policy.model.model.language_model.layers[0].mlp.up_proj.weight
         before = weight.detach().clone()
         torch.optim.AdamW(policy.model.parameters(), lr=1e-6, weight_decay=0.0).step()
         changed = (weight != before).float().mean().item()
-        assert changed > 0.9 if dtype == torch.float32 else changed < 0.05
-
-
-EYES = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64}
-FAMILY = {
-    "Qwen2VLConfig": {"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": 64},
-    "Qwen2_5_VLConfig": EYES | {"window_size": 56, "fullatt_block_indexes": [1]},
-    "Qwen3VLConfig": EYES | {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64},
-}
-
-
-def hub_folder(folder, name, policy):
-    """A small random model of class `name` in the layout of the hub, with Qwen2-VL's generation_config."""
-    text = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
-    text |= {"num_key_value_heads": 2, "vocab_size": len(policy.tokenizer) + 30, "head_dim": 16}
-    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
-    known = policy.model.config.to_dict().items()
-    ids = {k: v for k, v in known if re.match(r"(image|video|vision).*_token_id", k)}
-    torch.manual_seed(0)
-    spread = {"initializer_range": 0.1}
-    eyes = FAMILY[name] | spread
-    config = getattr(transformers, name)(text_config=text | spread, vision_config=eyes, instruction="", **ids)
-    net = transformers.AutoModelForImageTextToText.from_config(config)
-    stop = {"eos_token_id": [policy.eos[0], policy.pad], "pad_token_id": policy.pad}
-    stop |= {"do_sample": True, "top_k": 1, "repetition_penalty": 1.05}
-    net.generation_config = transformers.GenerationConfig(**stop)
-    net.save_pretrained(folder, max_shard_size="100KB")
-    policy.tokenizer.save_pretrained(folder)
-    (folder / "chat_template.jinja").rename(folder / "chat_template.json")
-    (folder / "chat_template.json").write_text(json.dumps({"chat_template": policy.tokenizer.chat_template}))
-    side = config.vision_config.patch_size
-    processor = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": side, "merge_size": 2}
-    processor |= {"temporal_patch_size": 2, "min_pixels": 4 * side**2, "max_pixels": 10**6}
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    return str(folder)
-
-
-@pytest.mark.parametrize("name", FAMILY)
-def test_the_whole_family_runs_through_the_same_code(name, policy, tmp_path):
-    folder = hub_folder(tmp_path / "hub", name, policy)
-    assert len(list((tmp_path / "hub").glob("*.safetensors"))) > 3
-    its, rng = model.load(folder, max_pixels=100 * 100), np.random.default_rng(0)
-    sizes = [(64, 64, 3), (90, 200, 3), (300, 300, 3)]
-    images = tuple(Image.fromarray(rng.integers(0, 255, size, dtype=np.uint8)) for size in sizes)
-    fitted = [its.fit(image).size for image in images]
-    assert all(w * h <= 100 * 100 + 64 * 64 and w % its.factor == 0 for w, h in fitted)
-    asked = "<image>What color is at b2?", "How many <image>red <image>more<image>?"
-    examples = [data.Example(images[:1], asked[0], "red"), data.Example(images, asked[1], "2")]
-    prompts = its.encode(examples, lambda i, image: corrupt(image, patch=its.patch, seed=i))
-    marks = (prompts.ids[1] == its.image_token).long().diff().eq(1).sum()
-    assert marks == 3  # images stand where the question marks them
-    sampled = torch.Generator().manual_seed(0)
-    rollout = its.sample(prompts, 8, max_new_tokens=12, temperature=1.0, generator=sampled)
-    assert len({tuple(row) for row in rollout.ids[:8].tolist()}) > 4  # top_k = 1 has not leaked in
-    assert not torch.isin(rollout.ids, its.forbidden).any() and len(its.forbidden) == 32
-    with torch.no_grad():
-        logp, _ = its.log_probs(prompts, rollout, temperature=1.0)
-    assert torch.allclose(logp, rollout.logp, atol=1e-4)  # ratio 1
-    said = (" a1 red circle", " a1 red so 1", " 1"), (" b2 blue square, c1 red circle", " b2 no so 0", " 0")
-    written = its.as_rollout([data.respond(*blocks) for blocks in said])
-    roles, visible = roles_and_visible(its, written)
-    cases = [(rollout, None, {}), (written, roles == P, {"corrupted": True})]
-    cases += [(written, roles == R, {"visible": visible})]
-    same_scores(its, prompts, cases, 3e-4)
-    with torch.no_grad():
-        score = lambda **o: its.log_probs(prompts, written, temperature=1.0, **o)[0]  # noqa: E731
-        delta = contrast_scores(score(), score(corrupted=True), score(visible=visible), roles)
-    assert (delta[roles != O].abs() > 1e-5).all()
-    before = {k: v.clone() for k, v in its.model.state_dict().items()}
-    torch.optim.AdamW(its.model.parameters(), lr=1e-3).step()
-    its.save(tmp_path / "saved")
-    mine, again = its.model.state_dict(), model.load(str(tmp_path / "saved")).model.state_dict()
-    assert mine.keys() == again.keys() and all(torch.equal(mine[k], again[k]) for k in mine)
-    assert sum(not torch.equal(mine[k], before[k]) for k in mine) > len(mine) / 2
-
-
-def test_lora_trains_adapters_only_and_the_readmes_lines_merge_them(tmp_path, capsys):
-    argv = [*QUICK, *SMALL, "--steps", 3, "--kl-coef", 0.01, "--lr", 1e-3, "--lora", 4]
-    try:
-        import peft  # noqa: F401
-    except ImportError:
-        assert "pip install peft" in complaint(capsys, *argv, "--out", tmp_path / "none")
-        pytest.skip("peft is not installed")
-    _, steps = run(tmp_path / "lora", *argv)
-    assert steps[0]["kl"] == 0 and steps[2]["kl"] > 0  # adapters start as nothing
-    folder = train.Run(tmp_path / "lora").checkpoint()
-    assert (folder / "adapter_model.safetensors").exists() and not (folder / "model.safetensors").exists()
-    adapted = model.load(str(folder))
-    base = model.load(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
-    more = (HERE / "extras/README.md").read_text(encoding="utf-8").split("## Use what you trained")[1]
-    names = {"checkpoint": str(folder), "merged": tmp_path / "merged"}
-    exec(re.search(r"```python\n(.*?)```", more, re.S)[1], names)
-    base.save(tmp_path / "whole")  # its tokenizer and image processor, with the merged weights
-    (tmp_path / "merged/model.safetensors").replace(tmp_path / "whole/model.safetensors")
-    examples = data.DrawnTask("count").train_batch(0, 2)
-    written = adapted.as_rollout([data.demonstrate(e, 0.0, np.random.default_rng(0)) for e in examples])
-    score = lambda p: p.log_probs(p.encode(examples), written, temperature=1.0)[0].detach()  # noqa: E731
-    assert torch.allclose(score(adapted), score(model.load(str(tmp_path / "whole"))), atol=1e-4)
-    with adapted.as_reference():
-        assert torch.allclose(score(adapted), score(base), atol=1e-5)
-    assert not torch.allclose(score(adapted), score(base), atol=1e-3)
-
+        assert logp.dtype == torch.float32 and (changed > 0.9 if dtype == torch.float32 else changed < 0.05)
 
 # ----------------------------------------------------------------------------------- images, tasks, your data
 
@@ -973,7 +758,6 @@ def test_corruptions_keep_size_and_mode_and_follow_the_seed(kind):
     if kind in ("patch", "noise", "shuffle"):
         assert results[0].tobytes() != results[2].tobytes()
 
-
 def test_patch_mask_hits_exactly_its_share_of_whole_patches():
     assert set(CORRUPTIONS) == {CHOICES["corruption"][2], *CHOICES["corruption"][3]}
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 48, 3), dtype=np.uint8))
@@ -983,7 +767,6 @@ def test_patch_mask_hits_exactly_its_share_of_whole_patches():
     for wrong in ({"kind": "melt"}, {"p": 2.0}, {"patch": 0}):
         with pytest.raises(ValueError):
             corrupt(image, **wrong)
-
 
 @pytest.mark.parametrize("task", data.TASKS)
 def test_drawn_tasks_split_by_scene_and_are_not_won_by_guessing(task):
@@ -1002,7 +785,6 @@ def test_drawn_tasks_split_by_scene_and_are_not_won_by_guessing(task):
         wrong += v.accuracy > v.grounded
     assert wrong > 0 or task == "lookup"  # right for the wrong reason exists
 
-
 def test_verdicts_are_separate():
     scene = (data.Fact("a1", "red", "circle"), data.Fact("b2", "blue", "square"))
     example = data.Example((), "How many red?", "1", scene, data.Query("count", ("red",)))
@@ -1020,25 +802,18 @@ def test_verdicts_are_separate():
         assert (v.accuracy, v.perception, v.grounded, v.consistent) == pytest.approx(expected), perception
     malformed = data.verify("hm <answer>1</answer>", example)
     assert (malformed.reward, malformed.accuracy, malformed.format, malformed.grounded) == (0.9, 1, 0, 0)
-    for text, reward in (
-        (data.respond("", "so", "1"), 0.9),
-        (data.respond("x", "y", ""), 0),
-        (data.respond("x", "y", "2"), 0.1),
-        (data.respond("x", "y", "1") + "<answer>2</answer>", 0),
-    ):
-        assert data.verify(text, example).reward == reward
-
+    more = "<answer>2</answer>"
+    for *blocks, after, reward in ((*" s1", "", 0.9), (*"xy ", "", 0), (*"xy2", "", 0.1), (*"xy1", more, 0)):
+        assert data.verify(data.respond(*blocks) + after, example).reward == reward
 
 ANSWERS = """3=3.0 1,000=1000 1/2=0.5 -7!7 \u22127=-7 7.=7 12!1 (B)=b B.=B A_dog!a Same=same .5=0.5 ! .! 1/0!1
 _two__words_=Two_words 1e999999999!1 nan=NaN 3_apples!3 -5_cm!5_cm .5_m!5_m <5!>5 <=< C++!C (-2,_3)!(2,_3)
 **3**=3 (3)=3 'red'=red (1)_+_(2)!1)_+_(2 \u00e9=e\u0301"""
 
-
 @pytest.mark.parametrize("case", [*ANSWERS.split(), "0" * 5000 + "!0"])
 def test_answers_are_compared_as_numbers_and_words(case):
     given, sign, truth = re.fullmatch(r"(<|[^!=]*)([=!])(.*)", case.replace("_", " "), re.DOTALL).groups()
     assert data.answers_match(given, truth) == (sign == "=")
-
 
 LISTED = "\nA. 10 cm\nB. 12 cm"
 CHOSEN = [("B", "", "(b)", 1), ("B", "", "B. 12 cm", 1), ("B", "", "option B", 1), ("B", LISTED, "12 cm", 1)]
@@ -1046,12 +821,10 @@ CHOSEN += [("B", LISTED, "10 cm", 0), ("B. 12 cm", "", "B", 1), ("B", "", "Blue"
 CHOSEN += [("12", "", r"so \boxed{12}", 1), ("12", "", r"\boxed{\frac{1}{2}} or \boxed{12", 0)]
 CHOSEN += [(r"\frac{1}{2}", "", r"\boxed{\frac{1}{2}}", 1)]
 
-
 @pytest.mark.parametrize(("answer", "choices", "given", "right"), CHOSEN)
 def test_multiple_choice_and_boxed_answers(answer, choices, given, right):
     example = data.Example((), "Which?" + choices, answer)
     assert data.verify(data.respond("a", "b", given), example).accuracy == right
-
 
 @pytest.fixture
 def jsonl(tmp_path):
@@ -1066,7 +839,6 @@ def jsonl(tmp_path):
         return path
 
     return write
-
 
 def test_your_own_data_is_split_by_image_and_read_with_care(jsonl, tmp_path):
     row = {"images": ["2.png", "3.png"], "question": "Same?", "answer": r"\boxed{12}"}
@@ -1093,7 +865,6 @@ def test_your_own_data_is_split_by_image_and_read_with_care(jsonl, tmp_path):
     Image.new("RGBA", (9, 9), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     assert open_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
 
-
 # -------------------------------------------------------------------------------------------- options, faults
 
 def complaint(capsys, *argv):
@@ -1107,7 +878,6 @@ def complaint(capsys, *argv):
     assert code == 2 and stderr.startswith("error: ") and stderr.count("\n") == 1, (code, stderr)
     return stderr
 
-
 OPTIONS = """--model TMP/none>none --model no-such-owner/no-such-model>no-such-owner --model TMP/empty>empty
 --model TMP/text-only>not_one_of_the_Qwen-VL_family --model TMP/cut>cannot_be_used --device cuda:99>cuda:99
 --device banana>banana --device meta>meta --seed 999999999999999999999999999999>seed --group-size 1>group-size
@@ -1115,8 +885,7 @@ OPTIONS = """--model TMP/none>none --model no-such-owner/no-such-model>no-such-o
 --choice lam=2>lam --choice corruption=melt>melt --choice p=2>p --choice tau=-1>tau --choice w_min=3>w_min
 --choice shape=round>no_such_choice --task chess>chess --out TMP/file/sub>Not_a_directory --what>--what
 --resume TMP/none>not_the_folder_of_a_run --resume TMP/text-only>not_the_folder_of_a_run
---reward TMP/file>--reward"""
-
+--reward TMP/file:g>no_such_function"""
 
 @pytest.mark.parametrize("case", re.split(r"\s(?=--)", OPTIONS))
 def test_a_bad_option_is_one_line(case, capsys, tmp_path, policy):
@@ -1132,8 +901,7 @@ def test_a_bad_option_is_one_line(case, capsys, tmp_path, policy):
     out = () if "--out" in argv or "--resume" in argv else ("--out", tmp_path / "out")
     assert needle.replace("_", " ") in complaint(capsys, *argv.split(), *out).replace("_", " ")
 
-
-def test_a_used_folder_and_contradicting_options_are_refused(capsys, tmp_path):
+def test_used_folders_divergence_and_too_little_memory_are_one_line(capsys, tmp_path, monkeypatch):
     out = tmp_path / "run"
     out.mkdir()
     kept = json.dumps({"argv": ["--lr", "1e-4"], "lr": 1e-4})
@@ -1145,7 +913,13 @@ def test_a_used_folder_and_contradicting_options_are_refused(capsys, tmp_path):
     assert (out / "args.json").read_text() == kept
     (out / "args.json").write_text(kept.replace("1e-4", "fast"))
     assert "--lr" in complaint(capsys, "--resume", out)  # a file changed by hand meets the same checks
-
+    lost = lambda self, hidden, _: torch.full((len(hidden), 50), NAN)  # noqa: E731
+    monkeypatch.setattr(model.Policy, "_log_softmax", lost)
+    assert "the policy has diverged" in complaint(capsys, *QUICK, "--out", tmp_path / "diverged")
+    for i, error in enumerate((torch.OutOfMemoryError("CUDA out of memory."), MemoryError())):
+        monkeypatch.setattr(train, "prepare", Mock(side_effect=error))
+        message = complaint(capsys, "--out", tmp_path / str(i))
+        assert all(o in message for o in ("--micro-batch", "--max-new-tokens", "--max-pixels", "--lora"))
 
 def test_bad_data_names_file_and_line(capsys, tmp_path, jsonl, monkeypatch):
     row = {"image": "0.png", "question": "q", "answer": "a"}
@@ -1171,19 +945,3 @@ def test_bad_data_names_file_and_line(capsys, tmp_path, jsonl, monkeypatch):
     for content, needle in (([], "empty"), ([json.dumps(row)] * 3, "two different images")):
         assert needle in complaint(capsys, "--data", jsonl(lines=content), *out)
     assert "cannot be read" in complaint(capsys, "--data", tmp_path / "0.png", *out)
-
-
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
-def test_out_of_memory_says_what_to_lower(error, capsys, tmp_path, monkeypatch):
-    def full(*_, **__):
-        raise error
-
-    monkeypatch.setattr(train, "prepare", full)
-    message = complaint(capsys, "--out", tmp_path / "out")
-    assert all(o in message for o in ("--micro-batch", "--max-new-tokens", "--max-pixels", "--lora"))
-
-
-def test_a_diverged_policy_is_reported(tmp_path, capsys, monkeypatch):
-    lost = lambda self, hidden, _: torch.full((len(hidden), 50), NAN)  # noqa: E731
-    monkeypatch.setattr(model.Policy, "_log_softmax", lost)
-    assert "the policy has diverged" in complaint(capsys, *QUICK, "--out", tmp_path / "run")

@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import csv
 import io
-import json
 import multiprocessing
 import os
 import shutil

@@ -3,8 +3,6 @@
 pip install scipy 'math-verify[antlr4_13_2]' pytest, then python -m pytest -q extras/test_extras.py
 """
 
-import base64
-import io
 import json
 import re
 import subprocess
@@ -242,8 +240,22 @@ def test_the_recorded_study_is_of_these_conditions():
     rows = study.read(HERE / "study.csv")
     assert {r["condition"] for r in rows} < set(study.CONDITIONS)
     assert {r["options"] for r in rows} == {study.OPTIONS}
-    lines = (HERE / "study.md").read_text(encoding="utf-8").splitlines()
-    assert all(any(line.startswith(f"| {r['condition']} |") for line in lines) for r in rows)
+    computed, written = study.tables(rows), (HERE / "study.md").read_text(encoding="utf-8")
+    assert all(line in written for line in computed.splitlines())
+    cells = lambda line: [c.strip().replace("−", "-") for c in line.strip("|").split("|")]  # noqa: E731
+    rows_of = lambda text: [cells(line) for line in text.splitlines() if line.startswith("| ")]  # noqa: E731
+    table = (HERE.parent / "README.md").read_text(encoding="utf-8").split("## Results")[1].split("## ")[0]
+    known = {}  # of a condition: runs, accuracy, grounded, then pairs and the differences to GRPO
+    for name, *figures in rows_of(computed.split("By task")[0])[1:]:
+        known.setdefault(name, []).extend([figures[0], *figures[1:3]])
+    for name, runs, *shown in rows_of(table)[1:]:
+        count, accuracy, grounded, *differences = known[name]
+        assert runs == count
+        expected = [accuracy.split()[0], grounded.split()[0], *differences[1:]]
+        for cell, text in zip(shown, expected, strict=False):
+            numbers = [list(map(float, re.findall(r"[-+]?\d\.\d+", t))) for t in (cell, text)]
+            assert numbers[0] == pytest.approx(numbers[1], abs=0.0051) or not cell, (name, cell, text)
+    assert {"grpo", "srpo", "shuffled"} <= known.keys() and "| srpo |" in table
 
 
 def row(task, condition, seed, accuracy, grounded):
