@@ -20,11 +20,14 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers.cache_utils import Cache, StaticLayer
+from transformers.cache_utils import Cache, LinearAttentionLayer, StaticLayer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from data import CELLS, COLORS, INSTRUCTION, MARK, SHAPES, TAGS, Example, InputError, first_line
 from srpo import text_and_offsets, token_bytes
+
+
+FAMILY = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
 
 
 @dataclass
@@ -121,7 +124,9 @@ class Policy:
         for i, piece in enumerate(pieces):
             content += [image] * (i > 0) + [{"type": "text", "text": piece}] * bool(piece)
         chat = [{"role": "user", "content": content}]
-        text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        how = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+        text = self.tokenizer.apply_chat_template(chat, **how)
+        text += "</think>\n\n" * text.rstrip().endswith("<think>")  # opened whatever was asked
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if ids.count(self.image_token) != len(grid):
             mark = self.tokenizer.convert_ids_to_tokens(self.image_token)
@@ -292,7 +297,7 @@ class Policy:
             import peft
         except ImportError:
             raise InputError("--lora and its folders need peft: pip install peft") from None
-        layers = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+        layers = r".*language_model.*_proj\w*"  # of attention, of delta nets, of the MLP
         config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=layers)
         self.model.to(self.dtype)  # frozen weights need no fp32 masters
         old = folder and peft.PeftModel.from_pretrained(self.model, folder, is_trainable=True)
@@ -323,14 +328,26 @@ class RoomyLayer(StaticLayer):
         return super().update(keys, values.to(keys.dtype))  # under autocast they differ
 
 
+class StateLayer(LinearAttentionLayer):
+    """A recurrent state that is replaced, where writing over it would spoil the backward pass."""
+
+    def update_recurrent_state(self, new: Tensor, state_idx: int = 0, **_) -> Tensor:
+        self.recurrent_states[state_idx] = new
+        return new
+
+
 def _for_rows(read: tuple[Cache, Tensor], rows: Tensor, room: int = 0) -> tuple[Cache, Tensor]:
     """A copy of the prompts' cache and last states, one entry a row; differentiable, or with room."""
     cache, last = copy.copy(read[0]), read[1]
     cache.layers = [copy.copy(layer) for layer in cache.layers]
-    cache.batch_select_indices(rows)
-    for i, x in enumerate(cache.layers if room else []):
-        cache.layers[i] = RoomyLayer(x.keys.shape[2] + room)
-        cache.layers[i].update(x.keys, x.values)
+    for i, layer in enumerate(cache.layers):
+        if isinstance(layer, LinearAttentionLayer):
+            layer.__class__ = StateLayer
+            vars(layer).update({k: dict(v) for k, v in vars(layer).items() if isinstance(v, dict)})
+        layer.reorder_cache(rows)
+        if room and not isinstance(layer, LinearAttentionLayer):
+            cache.layers[i] = RoomyLayer(layer.keys.shape[2] + room)
+            cache.layers[i].update(layer.keys, layer.values)
     return cache, last[rows]
 
 
@@ -350,8 +367,8 @@ def load(name: str, *, device="cpu", dtype=torch.float32, seed: int = 0, max_pix
             policy.add_lora(1, folder=name)
             return policy
         config = transformers.AutoConfig.from_pretrained(name)
-        if not hasattr(config, "video_token_id"):
-            raise ValueError(f"a {config.model_type} model, not one of the Qwen-VL family")
+        if config.model_type not in FAMILY:
+            raise ValueError(f"a {config.model_type} model, not one of {', '.join(FAMILY)}")
         model, info = transformers.AutoModelForImageTextToText.from_pretrained(
             name, config=config, dtype=torch.float32, output_loading_info=True
         )
@@ -383,7 +400,7 @@ TINY_TEMPLATE = (
 
 
 def build_tiny(seed: int = 0, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Policy:
-    """A Qwen2-VL of 1.02 million random weights whose words are those of the drawn tasks; 8-pixel patches."""
+    """A Qwen2-VL of 0.78 million random weights whose words are those of the drawn tasks; 8-pixel patches."""
     special = "endoftext im_start im_end vision_start vision_end image_pad video_pad".split()
     tags = [f"<{end}{tag}>" for tag in (TAGS.perception, TAGS.reasoning, TAGS.answer) for end in ("", "/")]
     words = "What color is at How many More or more plus no so same".split()
@@ -402,10 +419,10 @@ def build_tiny(seed: int = 0, *, device: str = "cpu", dtype: torch.dtype = torch
     )  # fmt: skip
     spread = {"initializer_range": 0.08}  # 1 / sqrt(hidden_size); the usual 0.02 is for wide models
     rope = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 6, 6]}
-    text = {"vocab_size": len(ids), "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4}
+    text = {"vocab_size": len(ids), "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3}
     text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
     text |= {"bos_token_id": None, "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
-    vision = {"depth": 2, "embed_dim": 64, "hidden_size": 128, "num_heads": 4, "patch_size": 8}
+    vision = {"depth": 1, "embed_dim": 64, "hidden_size": 128, "num_heads": 4, "patch_size": 8}
     config = transformers.Qwen2VLConfig(
         text_config=text | spread | {"rope_parameters": rope}, vision_config=vision | spread,
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],

@@ -464,7 +464,7 @@ def test_training_improves_and_its_grpo_twin_too(tmp_path, capsys):
     for algo in ("srpo", "grpo"):
         (first, last), steps = found[algo] = run(tmp_path / algo, *QUICK, "--algo", algo, "--steps", 20)
         shown = capsys.readouterr().out
-        assert "step 0, step 20" in shown and shown.count("(answer: ") == 3 and "accuracy" in shown
+        assert "step 0, step 20" in shown and shown.count("(answer: ") == 1 and "accuracy" in shown
         assert last["eval"]["reward"] > first["eval"]["reward"] + 0.04, (algo, first, last)
         assert [r["step"] for r in steps] == list(range(1, 21)) and steps[0].keys() == LOGGED | {"step"}
         assert all(r["grad_norm"] > 0 and r["used_groups"] > 0 and r["kl"] is None for r in steps)
@@ -615,11 +615,11 @@ def plain(policy, prompts, rollout, temperature=0.7, corrupted=False, visible=No
         found = found.index_put((torch.full_like(shown, b), shown), logp[visible[b, kept], 0])
     return found
 
-def same_scores(policy, prompts, cases, atol):
+def same_scores(policy, prompts, cases, atol, cut=False):
     """log_probs against `plain`, values and gradients."""
     ours = lambda *args, **options: policy.log_probs(*args, temperature=0.7, **options)[0]  # noqa: E731
     results = []
-    for way in (ours, partial(plain, policy)):
+    for way in (ours, partial(plain, policy, cut=cut)):
         policy.model.zero_grad()
         found = []
         for rollout, wanted, options in cases:
@@ -879,7 +879,7 @@ def complaint(capsys, *argv):
     return stderr
 
 OPTIONS = """--model TMP/none>none --model no-such-owner/no-such-model>no-such-owner --model TMP/empty>empty
---model TMP/text-only>not_one_of_the_Qwen-VL_family --model TMP/cut>cannot_be_used --device cuda:99>cuda:99
+--model TMP/text-only>not_one_of_qwen2_vl, --model TMP/cut>cannot_be_used --device cuda:99>cuda:99
 --device banana>banana --device meta>meta --seed 999999999999999999999999999999>seed --group-size 1>group-size
 --temperature nan>temperature --prompts 0>prompts --temperature 0>temperature --lr x>lr --choice tau=x>tau=x
 --choice lam=2>lam --choice corruption=melt>melt --choice p=2>p --choice tau=-1>tau --choice w_min=3>w_min
