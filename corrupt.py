@@ -1,4 +1,4 @@
-"""Images: corrupted for step 2 (a PIL image in, one of the same size and mode out), opened, and drawn.
+"""Images: opened with care, and corrupted for step 2 (a PIL image in, one of the same size and mode out).
 
 The same size means the same number of visual tokens, so a response can be scored under both images. What each
 corruption destroys, and what it keeps:
@@ -15,14 +15,11 @@ Every function is deterministic in its seed. In training one corrupted image is 
 group, so that the contrasts of its responses can be compared.
 """
 
-import hashlib
-import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 
 # A corruption takes colors as float32 [H, W, 3] in 0..255, a patch side in pixels, the share p, a generator.
 
@@ -135,89 +132,3 @@ def open_image(file) -> Image.Image:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
         return image.convert("RGB")
-
-
-# ----------------------------------------------------------------------------------------------- drawn scenes
-
-COLORS = {"red": (220, 40, 40), "green": (40, 170, 70), "blue": (50, 80, 220), "yellow": (235, 200, 40)}
-SHAPES = ("circle", "square", "triangle")
-CELLS = tuple(column + row for row in "123" for column in "abc")
-
-
-@dataclass(frozen=True)
-class Fact:
-    cell: str
-    color: str
-    shape: str
-
-    def __str__(self):
-        return f"{self.cell} {self.color} {self.shape}"
-
-
-@dataclass(frozen=True)
-class Query:
-    """What is asked: `args` is a cell for lookup, one color or shape for count, two for the others."""
-
-    task: str
-    args: tuple[str, ...]
-
-    def text(self) -> str:
-        x, y = (self.args * 2)[:2]
-        texts = {"lookup": f"What color is at {x}?", "count": f"How many {x}?"}
-        return (texts | {"compare": f"More {x} or more {y}?", "add": f"How many {x} plus {y}?"})[self.task]
-
-    def evidence(self, facts: Iterable[Fact]) -> tuple[frozenset, ...]:
-        """All that the answer depends on: for each argument, the things in the scene that bear on it."""
-        facts = list(facts)
-        if self.task == "lookup":
-            return (frozenset(f.color for f in facts if f.cell == self.args[0]),)
-        return tuple(frozenset(f.cell for f in facts if arg in (f.color, f.shape)) for arg in self.args)
-
-    def solve(self, facts: Iterable[Fact]) -> str | None:
-        """The answer that follows from `facts`, right or wrong; None when they do not settle it."""
-        evidence = self.evidence(facts)
-        counts = [len(e) for e in evidence]
-        if self.task == "lookup":
-            return next(iter(evidence[0])) if counts[0] == 1 else None
-        if self.task == "compare":
-            return "same" if counts[0] == counts[1] else self.args[counts[0] < counts[1]]
-        return str(sum(counts))
-
-    def reasoning(self, facts: Sequence[Fact]) -> str:
-        if self.task == "lookup":
-            return f" {self.args[0]} is {self.solve(facts)}"
-        parts = []
-        for arg, cells in zip(self.args, self.evidence(facts), strict=True):
-            marks = [f" {f.cell} {arg if f.cell in cells else 'no'}" for f in facts]
-            parts.append("".join(marks) + f" so {len(cells)}")
-        return ",".join(parts)
-
-
-def draw_scene(scene: Sequence[Fact], size: int, rng: np.random.Generator) -> Image.Image:
-    """A scene, size x size pixels; place, radius, shade and background vary a little from draw to draw."""
-    image = Image.new("RGB", (size, size), tuple(int(v) for v in rng.integers(225, 250, 3)))
-    draw, cell = ImageDraw.Draw(image), size / 3
-    for fact in scene:
-        column, row = "abc".index(fact.cell[0]), "123".index(fact.cell[1])
-        x, y = (np.array([column, row]) + 0.5 + rng.uniform(-0.06, 0.06, 2)) * cell
-        r = cell * rng.uniform(0.32, 0.40)
-        fill = tuple(int(v) for v in np.clip(np.array(COLORS[fact.color]) + rng.integers(-15, 16, 3), 0, 255))
-        if fact.shape == "circle":
-            draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
-        elif fact.shape == "square":
-            draw.rectangle((x - r * 0.9, y - r * 0.9, x + r * 0.9, y + r * 0.9), fill=fill)
-        else:
-            draw.polygon([(x, y - r), (x + r, y + r * 0.9), (x - r, y + r * 0.9)], fill=fill)
-    return image
-
-
-def is_held_out(scene: Sequence[Fact]) -> bool:
-    """One scene in ten belongs to the evaluation, by its content: no scene is ever in both splits."""
-    return hashlib.sha256(";".join(map(str, scene)).encode()).digest()[0] % 10 == 0
-
-
-def parse_facts(text: str) -> set[Fact]:
-    """The facts stated in a perception: cell, color, shape, in any sentence that has them in this order."""
-    cell, color, shape = ("|".join(words) for words in (CELLS, COLORS, SHAPES))
-    form = rf"\b({cell})\W+(?:(?:is|has|a|an|the)\W+)*({color})\W+({shape})\b"
-    return {Fact(*map(str.lower, found)) for found in re.findall(form, text, re.IGNORECASE)}

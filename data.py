@@ -1,4 +1,4 @@
-"""Tasks whose evidence has a ground truth, their verifier, your own data, and what a run leaves on disk.
+"""Tasks whose evidence has a ground truth, their verifier, and your own data from a JSON-lines file.
 
 A drawn task shows a 3 x 3 grid of cells a1 .. c3 (columns a to c from the left, rows 1 to 3 from the top)
 with a few colored shapes. The scene is known, so one can check not only the answer but also what the response
@@ -11,19 +11,15 @@ says it *saw*. An example of each task, with a perfect response:
     compare  More blue or more circle?  <reasoning> a1 no b2 blue so 1, a1 circle b2 no so 1</reasoning>  same
     add      How many blue plus circle? <reasoning> a1 no b2 blue so 1, a1 circle b2 no so 1</reasoning>  2
 
-The reward, 0.9 accuracy + 0.1 share of the tags, never looks at the perception: SRPO changes the credit, not
-the reward.
+The reward, 0.9 accuracy + 0.1 format, never looks at the perception: SRPO changes the credit, not the reward.
 """
 
 import hashlib
 import io
 import json
 import math
-import os
 import re
 import runpy
-import shutil
-import traceback
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -31,13 +27,14 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image
-from tqdm import tqdm
+from PIL import Image, ImageDraw
 
-from corrupt import CELLS, COLORS, SHAPES, Fact, Query, draw_scene, is_held_out, open_image, parse_facts
+from corrupt import open_image
 from srpo import Tags, parse_response
 
+COLORS = {"red": (220, 40, 40), "green": (40, 170, 70), "blue": (50, 80, 220), "yellow": (235, 200, 40)}
+SHAPES = ("circle", "square", "triangle")
+CELLS = tuple(column + row for row in "123" for column in "abc")
 TASKS = ("lookup", "count", "compare", "add")
 MARK = "<image>"  # in a question: an image goes here; without marks, all go in front
 HINT = (
@@ -62,6 +59,55 @@ def first_line(error: Exception) -> str:
 
 
 @dataclass(frozen=True)
+class Fact:
+    cell: str
+    color: str
+    shape: str
+
+    def __str__(self):
+        return f"{self.cell} {self.color} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is asked: `args` is a cell for lookup, one color or shape for count, two for the others."""
+
+    task: str
+    args: tuple[str, ...]
+
+    def text(self) -> str:
+        x, y = (self.args * 2)[:2]
+        texts = {"lookup": f"What color is at {x}?", "count": f"How many {x}?"}
+        return (texts | {"compare": f"More {x} or more {y}?", "add": f"How many {x} plus {y}?"})[self.task]
+
+    def evidence(self, facts: Iterable[Fact]) -> tuple[frozenset, ...]:
+        """All that the answer depends on: for each argument, the things in the scene that bear on it."""
+        facts = list(facts)
+        if self.task == "lookup":
+            return (frozenset(f.color for f in facts if f.cell == self.args[0]),)
+        return tuple(frozenset(f.cell for f in facts if arg in (f.color, f.shape)) for arg in self.args)
+
+    def solve(self, facts: Iterable[Fact]) -> str | None:
+        """The answer that follows from `facts`, right or wrong; None when they do not settle it."""
+        evidence = self.evidence(facts)
+        counts = [len(e) for e in evidence]
+        if self.task == "lookup":
+            return next(iter(evidence[0])) if counts[0] == 1 else None
+        if self.task == "compare":
+            return "same" if counts[0] == counts[1] else self.args[counts[0] < counts[1]]
+        return str(sum(counts))
+
+    def reasoning(self, facts: Sequence[Fact]) -> str:
+        if self.task == "lookup":
+            return f" {self.args[0]} is {self.solve(facts)}"
+        parts = []
+        for arg, cells in zip(self.args, self.evidence(facts), strict=True):
+            marks = [f" {f.cell} {arg if f.cell in cells else 'no'}" for f in facts]
+            parts.append("".join(marks) + f" so {len(cells)}")
+        return ",".join(parts)
+
+
+@dataclass(frozen=True)
 class Example:
     """One question. Drawn tasks know `scene` and `query`; `source` names file and line of a user's row."""
 
@@ -72,7 +118,29 @@ class Example:
     query: Query | None = None
     hint: str = ""
     source: str = ""
-    response: str = ""  # to imitate
+
+
+def draw_scene(scene: Sequence[Fact], size: int, rng: np.random.Generator) -> Image.Image:
+    """A scene, size x size pixels; place, radius, shade and background vary a little from draw to draw."""
+    image = Image.new("RGB", (size, size), tuple(int(v) for v in rng.integers(225, 250, 3)))
+    draw, cell = ImageDraw.Draw(image), size / 3
+    for fact in scene:
+        column, row = "abc".index(fact.cell[0]), "123".index(fact.cell[1])
+        x, y = (np.array([column, row]) + 0.5 + rng.uniform(-0.06, 0.06, 2)) * cell
+        r = cell * rng.uniform(0.32, 0.40)
+        fill = tuple(int(v) for v in np.clip(np.array(COLORS[fact.color]) + rng.integers(-15, 16, 3), 0, 255))
+        if fact.shape == "circle":
+            draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+        elif fact.shape == "square":
+            draw.rectangle((x - r * 0.9, y - r * 0.9, x + r * 0.9, y + r * 0.9), fill=fill)
+        else:
+            draw.polygon([(x, y - r), (x + r, y + r * 0.9), (x - r, y + r * 0.9)], fill=fill)
+    return image
+
+
+def is_held_out(scene: Sequence[Fact]) -> bool:
+    """One scene in ten belongs to the evaluation, by its content: no scene is ever in both splits."""
+    return hashlib.sha256(";".join(map(str, scene)).encode()).digest()[0] % 10 == 0
 
 
 def draw_example(task: str, rng, *, held_out: bool, size: int, objects: tuple[int, int]) -> Example:
@@ -140,9 +208,9 @@ def demonstrate(example: Example, noise: float, rng: np.random.Generator) -> str
 class Verdict:
     """What is true of one response, each in [0, 1]; the last three are None where the scene is not known."""
 
-    reward: float  # 0.9 accuracy + 0.1 share of the tags in place, the whole of it for the whole form alone
+    reward: float  # 0.9 accuracy + 0.1 format
     accuracy: float  # the answer is right
-    format: float  # 1: exactly the three blocks, in order, none of them blank
+    format: float  # exactly the three blocks, in order, none of them blank
     perception: float | None = None  # F1 of the stated facts against the scene
     grounded: float | None = None  # right, and all the evidence that it rests on is stated rightly
     consistent: float | None = None  # the answer follows from what is stated, right or wrong
@@ -163,7 +231,7 @@ def verify(text: str, example: Example, match=None) -> Verdict:
     well_formed = float(bool(spans) and all(text[a:b].strip() for a, b in spans))
     answer = extract_answer(text)
     accuracy = float(answer is not None and (match(answer, example.answer) or chosen(answer, example)))
-    reward = 0.9 * accuracy + 0.1 * (well_formed or min(tags_in_place(text), 5 / 6))
+    reward = 0.9 * accuracy + 0.1 * well_formed
     if example.scene is None:
         return Verdict(reward, accuracy, well_formed)
     stated, true = parse_facts(text[slice(*blocks.perception)]) if blocks else set(), set(example.scene)
@@ -172,16 +240,6 @@ def verify(text: str, example: Example, match=None) -> Verdict:
     seen = blocks and once and example.query.evidence(stated) == example.query.evidence(true)
     follows = stated and answers_match(answer, example.query.solve(stated) or "")
     return Verdict(reward, accuracy, well_formed, f1, accuracy * bool(seen), float(bool(follows)))
-
-
-def tags_in_place(text: str) -> float:
-    """Share of the six tags that stand exactly once, and after those before them: a first tag is a start."""
-    found = last = 0
-    for name in (TAGS.perception, TAGS.reasoning, TAGS.answer):
-        for tag in (f"<{name}>", f"</{name}>"):
-            if text.count(tag) == 1 and text.find(tag) >= last:
-                found, last = found + 1, text.find(tag)
-    return found / 6
 
 
 def reward_from(place: str):
@@ -198,12 +256,10 @@ def reward_from(place: str):
             found = function(text, example)
             if not isinstance(found, Verdict):
                 found = replace(verify(text, example), reward=float(found))
-            if not math.isfinite(found.reward):
-                raise ValueError(f"{found.reward} is not finite")
+            assert math.isfinite(found.reward), f"{found.reward} is not finite"
             return found
         except Exception as error:
-            lines = [x.lineno for x in traceback.extract_tb(error.__traceback__) if x.filename == file]
-            said = f"{type(error).__name__}{f' in line {lines[-1]}' if lines else ''}, {first_line(error)}"
+            said = f"{type(error).__name__}, {first_line(error)}"
             raise InputError(f"--reward {place}: {said}; {example.source or example.question}") from None
 
     return judge
@@ -268,23 +324,27 @@ def _number(text: str) -> Fraction | None:
     return Fraction(text.replace(",", ""))
 
 
+def parse_facts(text: str) -> set[Fact]:
+    """The facts stated in a perception: cell, color, shape, in any sentence that has them in this order."""
+    cell, color, shape = ("|".join(words) for words in (CELLS, COLORS, SHAPES))
+    form = rf"\b({cell})\W+(?:(?:is|has|a|an|the)\W+)*({color})\W+({shape})\b"
+    return {Fact(*map(str.lower, found)) for found in re.findall(form, text, re.IGNORECASE)}
+
+
 class OwnTask:
     """Your own rows of images, question and answer from a JSON-lines file, a tenth of the images held out.
 
     The split goes by a hash of the images' bytes, and images that share a row stay together: no image is in
     both parts, under whatever name. All are decoded at the start: a broken one is reported in the first
-    minute and not in the fifth hour. With `everything` all rows are held out: nothing is to train. With
-    `imitated` none are, and each has a response.
+    minute and not in the fifth hour. With `everything` all rows are held out: nothing is to train.
     """
 
-    def __init__(self, path: str | Path, seed: int = 0, everything: bool = False, imitated: bool = False):
-        self.path, self.seed, self.imitated = Path(path), seed, imitated
-        self.option = "--demonstrations" if imitated else "--data"
+    def __init__(self, path: str | Path, seed: int = 0, everything: bool = False):
+        self.path, self.seed = Path(path), seed
         rows = self._rows()
-        bar = tqdm(rows, f"checking {self.path.name}", disable=None, delay=2)
-        digests = [{hashlib.sha256(file).digest() for file in self._load(row)[1]} for row in bar]
+        digests = [{hashlib.sha256(file).digest() for file in self._load(row)[1]} for row in rows]
         images = sorted(set().union(*digests))
-        held_out = set(images if everything else () if imitated else images[: max(1, len(images) // 10)])
+        held_out = set(images if everything else images[: max(1, len(images) // 10)])
         while more := {d for row in digests if row & held_out for d in row - held_out}:
             held_out |= more
         self._eval = [row for row, d in zip(rows, digests, strict=True) if d & held_out]
@@ -303,34 +363,42 @@ class OwnTask:
         return [self._load(row)[0] for row in self._eval[:n]]
 
     def _rows(self) -> list[tuple]:
-        """(names of the images, question, answer, response, source) of each line."""
-        found = []
-        for source, row in json_lines(self.path, self.option):
+        """(names of the images, question, answer, source) of each line."""
+        try:
+            lines = self.path.read_text(encoding="utf-8-sig").split("\n")  # splitlines cuts at U+2028
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--data {self.path}: cannot be read as UTF-8 text ({error})") from None
+        rows = []
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            source = f"{self.path}:{number}"
             try:
+                row = json.loads(line)
                 images = row["images"] if "images" in row else [row["image"]]
                 question, answer = row["question"], row["answer"]
-                response = row["response"] if self.imitated else ""
                 if not isinstance(images, list) or not images or isinstance(answer, list | dict | None):
                     raise TypeError
-                answer = unboxed(str(answer))
-                "".join((question, answer, response, *images)).encode()  # texts, without lone surrogates
-            except (ValueError, KeyError, TypeError):
-                wanted = "image (or a list of images), question, answer" + ", response" * self.imitated
-                raise InputError(f"{source}: expected one JSON object with {wanted}"[:200]) from None
+                if not all(isinstance(text, str) and text.encode() for text in (question, *images)):
+                    raise TypeError
+            except (ValueError, KeyError, TypeError, RecursionError):
+                wanted = "one JSON object with image (or a list of images), question and answer"
+                raise InputError(f"{source}: expected {wanted}, got {line[:60]!r}") from None
             if re.search(r"<\|(image|video)_pad\|>", question):
                 raise InputError(f"{source}: take the image placeholder out; write <image>, or nothing")
             if (n := question.count(MARK)) not in (0, len(images)):
                 raise InputError(f"{source}: {n} {MARK} marks, {len(images)} images; give as many or none")
+            answer = unboxed(str(answer))
             if not answers_match(answer, answer):
                 raise InputError(f"{source}: the answer {answer!r} is blank, so no response could be right")
-            if self.imitated and not parse_response(response, TAGS):
-                raise InputError(f"{source}: the response lacks the form: {INSTRUCTION}")
-            found.append((tuple(images), question, answer, response, source))
-        return found
+            rows.append((tuple(images), question, answer, source))
+        if not rows:
+            raise InputError(f"--data {self.path}: the file is empty; it needs one JSON object a line")
+        return rows
 
     def _load(self, row: tuple) -> tuple[Example, list[bytes]]:
         """The example of a row, and its images' files."""
-        names, question, answer, response, source = row
+        names, question, answer, source = row
         images, files = [], []
         for name in names:
             try:
@@ -341,118 +409,4 @@ class OwnTask:
                 raise InputError(f"{source}: {said}") from None
             except Exception as error:  # decoders raise nearly anything on damaged files
                 raise InputError(f"{source}: image {name} cannot be decoded ({error})") from None
-        return Example(tuple(images), question, answer, source=source, response=response), files
-
-
-def json_lines(path: Path, option: str = "", torn: bool = False) -> list[tuple[str, dict]]:
-    """(file:line, object) of each line of a file; the one place that parses such files, with InputError where
-    one is anything else. With `torn` a last line without an end, cut off by a kill, is none."""
-    try:
-        if path.exists() and not path.is_file():
-            raise OSError("not a file")  # a pipe would be waited for
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines cuts at U+2028
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{option} {path}: cannot be read as UTF-8 text ({error})".strip()) from None
-    found = []
-    for number, line in enumerate(lines[:-1] if torn else lines, start=1):
-        try:
-            if line.strip():
-                found.append((f"{path}:{number}", json.loads(line[:10**6])))
-                found[-1][1].keys()
-        except (ValueError, AttributeError, RecursionError):
-            raise InputError(f"{path}:{number}: expected one JSON object, got {line[:60]!r}") from None
-    if not found and not torn:
-        raise InputError(f"{option} {path}: the file is empty; it needs one JSON object a line")
-    return found
-
-
-class Run:
-    """The folder of a run. Whatever a kill leaves in it is whole, and resuming gives the same numbers."""
-
-    def __init__(self, path: str | Path):
-        self.path, self.metrics, self.live = Path(path), Path(path) / "metrics.jsonl", None
-
-    def lock(self) -> None:
-        """Keep the folder to this process, for as long as it lives."""
-        try:
-            import fcntl
-        except ImportError:  # not on Windows
-            return
-        self.held = open(self.path / "lock", "a+")
-        try:
-            fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.held.seek(0)
-            raise InputError(f"{self.path}: process {self.held.read()} is at work there; stop it") from None
-        self.held.truncate(0)
-        print(os.getpid(), end="", file=self.held, flush=True)
-
-    def claim(self, options: dict) -> None:
-        """Make the folder with the run's options, at once, so that whatever is there can be resumed."""
-        if any(p.name.removesuffix(".tmp") not in ("args.json", "lock") for p in self.path.glob("*")):
-            raise InputError(f"--out {self.path}: not empty; --resume {self.path} goes on with it")
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.lock()
-        self.put("args.json", json.dumps(options, indent=1) + "\n")
-
-    def rewind(self) -> None:
-        """Drop the steps after the last checkpoint, which are made again, and what was left half written."""
-        self.lock()
-        done = int(self.checkpoint().name.split("-")[1]) if self.checkpoint() else -1
-        self.put("metrics.jsonl", "".join(json.dumps(r) + "\n" for r in self.log() if r["step"] <= done))
-
-    def argv(self) -> list[str]:
-        """The options that it was started with, to be checked again."""
-        try:
-            argv = json.loads((self.path / "args.json").read_text(encoding="utf-8"))["argv"]
-            return ["".join(word) for word in argv]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise InputError(f"--resume {self.path}: not the folder of a run (no args.json there)") from None
-
-    def put(self, name: str, text: str) -> None:
-        """Write a file whole or not at all."""
-        (self.path / f"{name}.tmp").write_text(text, encoding="utf-8")
-        os.replace(self.path / f"{name}.tmp", self.path / name)
-
-    def log(self) -> list[dict]:
-        """Records of the run."""
-        lines = json_lines(self.metrics, torn=True) if self.metrics.exists() else []
-        for source, record in lines:
-            if not isinstance(record.get("step"), int):
-                raise InputError(f"{source}: not a record of a run, which has a step; take the line out")
-        return [record for _, record in lines]
-
-    def write(self, record: dict) -> None:
-        with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        if self.live:
-            kind = "eval" if "eval" in record else "train"
-            numbers = {f"{kind}/{k}": v for k, v in record.get("eval", record).items() if v is not None}
-            self.live(record["step"], numbers)
-
-    def checkpoint(self) -> Path | None:
-        """The last whole one; what a killed process left half written has another name."""
-        found = [p for p in self.path.glob("checkpoint-*") if re.fullmatch("checkpoint-[0-9]+", p.name)]
-        return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
-
-    def save(self, step: int, policy, optimizer) -> None:
-        def fill(folder):
-            policy.save(folder)
-            torch.save({"step": step, "optimizer": optimizer.state_dict()}, folder / "trainer.pt")
-
-        write_folder(self.path / f"checkpoint-{step:06d}", fill)
-        for old in {*self.path.glob("checkpoint-*")} - {self.checkpoint()}:
-            shutil.rmtree(old)
-
-
-def write_folder(folder: Path, fill) -> None:
-    """Make `folder` whole or not at all: `fill` writes beside it, then it is renamed into place."""
-    beside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    try:
-        beside.mkdir(parents=True, exist_ok=True)
-        fill(beside)
-        beside.rename(folder)
-    except Exception as error:  # a full disk, too, which safetensors and torch report in ways of their own
-        shutil.rmtree(beside, ignore_errors=True)
-        if not folder.exists():  # else another process was first
-            raise InputError(f"{folder}: cannot be written ({first_line(error)})") from None
+        return Example(tuple(images), question, answer, source=source), files

@@ -26,7 +26,6 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from data import CELLS, COLORS, INSTRUCTION, MARK, SHAPES, TAGS, Example, InputError, first_line
 from srpo import text_and_offsets, token_bytes
 
-
 FAMILY = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
 
 
@@ -124,8 +123,8 @@ class Policy:
         for i, piece in enumerate(pieces):
             content += [image] * (i > 0) + [{"type": "text", "text": piece}] * bool(piece)
         chat = [{"role": "user", "content": content}]
-        how = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-        text = self.tokenizer.apply_chat_template(chat, **how)
+        how = {"add_generation_prompt": True, "enable_thinking": False}
+        text = self.tokenizer.apply_chat_template(chat, tokenize=False, **how)
         text += "</think>\n\n" * text.rstrip().endswith("<think>")  # opened whatever was asked
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if ids.count(self.image_token) != len(grid):
@@ -162,12 +161,9 @@ class Policy:
                 if t + 1 == max_new_tokens or not alive.any():
                     break
                 attention[..., L + t] = True
-                hidden = self.model.model.language_model(
-                    input_ids=ids[:, t : t + 1],
-                    attention_mask=attention,
-                    position_ids=position[:, :, t : t + 1],
-                    past_key_values=cache,
-                ).last_hidden_state[:, -1]
+                inputs = {"attention_mask": attention, "position_ids": position[:, :, t : t + 1]}
+                out = self.model.model.language_model(ids[:, t : t + 1], past_key_values=cache, **inputs)
+                hidden = out.last_hidden_state[:, -1]
         torch.set_num_threads(threads)
         if not logp.isfinite().all():
             raise InputError("the policy has diverged: its log-probs are not finite; start with a lower --lr")
@@ -211,8 +207,8 @@ class Policy:
             order = kept[rows].long().argsort(dim=1, descending=True, stable=True)  # kept tokens first
             order = order[:, : int(kept[rows].sum(1).max())]  # [b, K]
             ids, there, asked = (x[rows].gather(1, order) for x in (rollout.ids, kept, wanted))
-            read = rollout.read if reuse else None
-            hidden = self._states(prompts, ids, there, rollout.prompt[rows], corrupted, read)  # [b, K, H]
+            context = rollout.prompt[rows], corrupted, rollout.read if reuse else None
+            hidden = self._states(prompts, ids, there, *context)  # [b, K, H]
             scores = self._score(hidden[asked], ids[asked], temperature)
             place = rows[:, None].expand_as(order)[asked], order[asked]
             logp, entropy = (x.index_put(place, y) for x, y in zip((logp, entropy), scores, strict=True))
@@ -237,27 +233,20 @@ class Policy:
         first = last[:, None]  # [b, 1, H]: the prompt's last state predicts the first token
         if ids.shape[1] == 1:
             return first
+        inputs = {"attention_mask": torch.cat([prompts.mask[which], visible[:, :-1].long()], 1)}
+        inputs["position_ids"] = self._positions(prompts, which, visible)[:, :, :-1]
         with self._autocast():
-            rest = self.model.model(
-                input_ids=ids[:, :-1],
-                attention_mask=torch.cat([prompts.mask[which], visible[:, :-1].long()], 1),
-                position_ids=self._positions(prompts, which, visible)[:, :, :-1],
-                past_key_values=cache,
-            ).last_hidden_state
+            rest = self.model.model(ids[:, :-1], past_key_values=cache, **inputs).last_hidden_state
         return torch.cat([first, rest], 1)
 
     def _read(self, prompts: Prompts, which: Tensor, corrupted: bool = False) -> tuple[Cache, Tensor]:
         """Keys and values of the prompts `which` [n], and their last states [n, H]."""
         pixels, rows = prompts.corrupted if corrupted else prompts.pixels, which.tolist()
+        inputs = {"input_ids": prompts.ids[which], "attention_mask": prompts.mask[which]}
+        inputs |= {"pixel_values": torch.cat([pixels[i] for i in rows])}
+        inputs |= {"image_grid_thw": torch.cat([prompts.grids[i] for i in rows])}
         with self._autocast():
-            out = self.model.model(
-                input_ids=prompts.ids[which],
-                attention_mask=prompts.mask[which],
-                position_ids=prompts.positions[:, which],
-                pixel_values=torch.cat([pixels[i] for i in rows]),
-                image_grid_thw=torch.cat([prompts.grids[i] for i in rows]),
-                use_cache=True,
-            )
+            out = self.model.model(**inputs, position_ids=prompts.positions[:, which], use_cache=True)
         return out.past_key_values, out.last_hidden_state[:, -1]
 
     def _score(self, hidden: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -321,16 +310,12 @@ def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     return index.clamp(max=cumulative.shape[1] - 1)
 
 
-class RoomyLayer(StaticLayer):
-    """Room made once for the tokens to come, where a growing cache copies all that is there a token."""
-
+class RoomyLayer(StaticLayer):  # room made once for the tokens to come, where a growing cache copies all
     def update(self, keys: Tensor, values: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
         return super().update(keys, values.to(keys.dtype))  # under autocast they differ
 
 
-class StateLayer(LinearAttentionLayer):
-    """A recurrent state that is replaced, where writing over it would spoil the backward pass."""
-
+class StateLayer(LinearAttentionLayer):  # a state replaced: writing over it would spoil the backward pass
     def update_recurrent_state(self, new: Tensor, state_idx: int = 0, **_) -> Tensor:
         self.recurrent_states[state_idx] = new
         return new
@@ -338,7 +323,7 @@ class StateLayer(LinearAttentionLayer):
 
 def _for_rows(read: tuple[Cache, Tensor], rows: Tensor, room: int = 0) -> tuple[Cache, Tensor]:
     """A copy of the prompts' cache and last states, one entry a row; differentiable, or with room."""
-    cache, last = copy.copy(read[0]), read[1]
+    cache = copy.copy(read[0])
     cache.layers = [copy.copy(layer) for layer in cache.layers]
     for i, layer in enumerate(cache.layers):
         if isinstance(layer, LinearAttentionLayer):
@@ -348,7 +333,7 @@ def _for_rows(read: tuple[Cache, Tensor], rows: Tensor, room: int = 0) -> tuple[
         if room and not isinstance(layer, LinearAttentionLayer):
             cache.layers[i] = RoomyLayer(layer.keys.shape[2] + room)
             cache.layers[i].update(layer.keys, layer.values)
-    return cache, last[rows]
+    return cache, read[1][rows]
 
 
 def load(name: str, *, device="cpu", dtype=torch.float32, seed: int = 0, max_pixels=None) -> Policy:
@@ -393,14 +378,13 @@ def is_tiny(name: str) -> bool:
 
 
 TINY_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{% for part in message.content %}{% if part.type == 'image' %}"
-    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>"
-    "{% endfor %}<|im_start|>"
+    "<|im_start|>{% for part in messages[0].content %}{% if part.type == 'image' %}<|vision_start|>"
+    "<|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|><|im_start|>"
 )
 
 
 def build_tiny(seed: int = 0, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Policy:
-    """A Qwen2-VL of 0.78 million random weights whose words are those of the drawn tasks; 8-pixel patches."""
+    """A Qwen2-VL of 1.02 million random weights whose words are those of the drawn tasks; 8-pixel patches."""
     special = "endoftext im_start im_end vision_start vision_end image_pad video_pad".split()
     tags = [f"<{end}{tag}>" for tag in (TAGS.perception, TAGS.reasoning, TAGS.answer) for end in ("", "/")]
     words = "What color is at How many More or more plus no so same".split()
@@ -419,10 +403,10 @@ def build_tiny(seed: int = 0, *, device: str = "cpu", dtype: torch.dtype = torch
     )  # fmt: skip
     spread = {"initializer_range": 0.08}  # 1 / sqrt(hidden_size); the usual 0.02 is for wide models
     rope = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 6, 6]}
-    text = {"vocab_size": len(ids), "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3}
+    text = {"vocab_size": len(ids), "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4}
     text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
     text |= {"bos_token_id": None, "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
-    vision = {"depth": 1, "embed_dim": 64, "hidden_size": 128, "num_heads": 4, "patch_size": 8}
+    vision = {"depth": 2, "embed_dim": 64, "hidden_size": 128, "num_heads": 4, "patch_size": 8}
     config = transformers.Qwen2VLConfig(
         text_config=text | spread | {"rope_parameters": rope}, vision_config=vision | spread,
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],

@@ -238,7 +238,7 @@ def kl_to_reference(logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
 
 
 # What the abstract leaves open, under the keyword argument that sets it here or in a trainer: clause, what is
-# open, default, alternatives (of a number, those that were studied).
+# open, default, alternatives (of a number, examples).
 CHOICES = {
     "answer_is_reasoning": ("reasoning tokens for deriving answers", "is the answer in R?", False, (True,)),
     "corruption": (

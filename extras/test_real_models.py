@@ -73,7 +73,8 @@ def hub_folder(folder, name):
     config = getattr(transformers, name)(text_config=text, vision_config=eyes, instruction="", **ids)
     net = transformers.AutoModelForImageTextToText.from_config(config)
     stop = {"eos_token_id": [tokenizer.eos_token_id, tokenizer.pad_token_id]}
-    stop |= {"pad_token_id": tokenizer.pad_token_id, "do_sample": True, "top_k": 1, "repetition_penalty": 1.05}
+    stop |= {"pad_token_id": tokenizer.pad_token_id, "do_sample": True, "top_k": 1}
+    stop |= {"repetition_penalty": 1.05}
     net.generation_config = transformers.GenerationConfig(**stop)
     net.save_pretrained(folder, max_shard_size="100KB")
     tokenizer.save_pretrained(folder)
@@ -121,6 +122,8 @@ def test_the_whole_family_runs_through_the_same_code(name, tmp_path):
     off = (masked - blank)[roles == R].abs().max()
     assert off > 0.1 if name == "Qwen3_5Config" else off < 1e-4  # a recurrent state sees what is masked
     assert (delta[roles != O].abs() > 1e-5).all()
+    its.tokenizer.chat_template += "<think>\n"  # opened whatever was asked: closed, or it would eat the tags
+    assert its.tokenizer.decode(its.encode(examples).ids[1]).endswith("<think></think>\n\n")
     before = {k: v.clone() for k, v in its.model.state_dict().items()}
     torch.optim.AdamW(its.model.parameters(), lr=1e-3).step()
     its.save(tmp_path / "saved")
