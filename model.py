@@ -207,8 +207,8 @@ class Policy:
             order = kept[rows].long().argsort(dim=1, descending=True, stable=True)  # kept tokens first
             order = order[:, : int(kept[rows].sum(1).max())]  # [b, K]
             ids, there, asked = (x[rows].gather(1, order) for x in (rollout.ids, kept, wanted))
-            context = rollout.prompt[rows], corrupted, rollout.read if reuse else None
-            hidden = self._states(prompts, ids, there, *context)  # [b, K, H]
+            read = rollout.read if reuse else None
+            hidden = self._states(prompts, ids, there, rollout.prompt[rows], corrupted, read)  # [b, K, H]
             scores = self._score(hidden[asked], ids[asked], temperature)
             place = rows[:, None].expand_as(order)[asked], order[asked]
             logp, entropy = (x.index_put(place, y) for x, y in zip((logp, entropy), scores, strict=True))
@@ -230,14 +230,13 @@ class Policy:
         """[b, K, H], the state that predicts each response token; each prompt is read once, with gradient."""
         named, row = which.unique(return_inverse=True) if read is None else (None, which)
         cache, last = _for_rows(read or self._read(prompts, named, corrupted), row)
-        first = last[:, None]  # [b, 1, H]: the prompt's last state predicts the first token
         if ids.shape[1] == 1:
-            return first
+            return last[:, None]
         inputs = {"attention_mask": torch.cat([prompts.mask[which], visible[:, :-1].long()], 1)}
         inputs["position_ids"] = self._positions(prompts, which, visible)[:, :, :-1]
         with self._autocast():
             rest = self.model.model(ids[:, :-1], past_key_values=cache, **inputs).last_hidden_state
-        return torch.cat([first, rest], 1)
+        return torch.cat([last[:, None], rest], 1)  # the prompt's last state predicts the first token
 
     def _read(self, prompts: Prompts, which: Tensor, corrupted: bool = False) -> tuple[Cache, Tensor]:
         """Keys and values of the prompts `which` [n], and their last states [n, H]."""
@@ -378,8 +377,9 @@ def is_tiny(name: str) -> bool:
 
 
 TINY_TEMPLATE = (
-    "<|im_start|>{% for part in messages[0].content %}{% if part.type == 'image' %}<|vision_start|>"
-    "<|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|><|im_start|>"
+    "{% for message in messages %}<|im_start|>{% for part in message.content %}{% if part.type == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>"
+    "{% endfor %}<|im_start|>"
 )
 
 

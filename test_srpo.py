@@ -135,12 +135,11 @@ def test_contrasts_compare_each_role_with_its_own_counterfactual_and_are_clamped
     roles, zero = torch.tensor([[P, P, R, R, O, P]]), torch.zeros(1, 6)
     corrupted = torch.tensor([[-4.9, -5.1, 9.0, 9.0, 9.0, 7.0]])
     blank = torch.tensor([[9.0, 9.0, -0.5, 80.0, 9.0, 9.0]])  # e^80 would overflow
-    half = math.exp(-0.5) - 0.5
     for options, expected in (
         ({}, [4.9, 5.0, 0.5, -5.0, 0.0, -5.0]),
         ({"max_abs": 0.7}, [0.7, 0.7, 0.5, -0.7, 0.0, -0.7]),
         ({"contrast": "absolute"}, [4.9, 5.0, 0.5, 5.0, 0.0, 5.0]),
-        ({"contrast": "k3"}, [math.exp(-4.9) + 3.9, math.exp(-5.1) + 4.1, half, 5.0, 0.0, 5.0]),
+        ({"contrast": "k3"}, [3.90744658, 4.10609675, math.exp(-0.5) - 0.5, 5.0, 0.0, 5.0]),
     ):
         found = contrast_scores(zero, corrupted, blank, roles, **options)
         torch.testing.assert_close(found, torch.tensor([expected]))
@@ -303,7 +302,8 @@ BAD += ["<perception>a</perception><answer>c</answer><reasoning>b</reasoning>"]
 GOOD_ONES = [(GOOD, "a", "b", "c"), (f"\r\n {GOOD}\t\n", "a", "b", "c")]
 GOOD_ONES += [(GOOD.replace("><", ">\r\n<").replace("a<", "x\r\ny\n<"), "x\r\ny\n", "b", "c")]
 GOOD_ONES += [(GOOD.replace(">a<", "><"), "", "b", "c"), (GOOD.replace(">b<", "> \n<"), "a", " \n", "c")]
-GOOD_ONES += [(GOOD.replace(">a<", f">{a}<"), a, "b", "c") for a in ("红色的圆 🙂", "<b>x < y</b> <P><")]
+WRITTEN = ["红色的圆 🙂", "<b>x < y</b> <PERCEPTION><"]
+GOOD_ONES += [(GOOD.replace(">a<", f">{a}<"), a, "b", "c") for a in WRITTEN]
 
 @pytest.mark.parametrize("text, blocks", [(text, None) for text in BAD] + [(g[0], g[1:]) for g in GOOD_ONES])
 def test_parser_accepts_exactly_the_structure(text, blocks):
@@ -417,16 +417,18 @@ def test_what_the_readmes_name_exists():
 def test_the_loss_to_copy_runs_on_a_stock_model(policy, scored, monkeypatch):
     """The README's block, with what a processor returns, against `Policy.log_probs`."""
     monkeypatch.setattr(policy, "forbidden", policy.forbidden[:0])  # stock: the whole vocabulary
-    prompts, _, written = scored
+    prompts, which = scored[0], torch.tensor([0, 0, 3, 3])  # two responses to a prompt
+    written = replace(scored[2], prompt=which)
     roles, visible = roles_and_visible(policy, written)
-    ids, mask = torch.cat([prompts.ids, written.ids], 1), written.mask.long()
+    ids, mask = torch.cat([prompts.ids[which], written.ids], 1), written.mask.long()
     names = vars(srpo) | {"torch": torch, "model": policy.model, "roles": roles, "mask": mask}
     names |= {"T": mask.shape[1], "rewards": [1.0, 0.0, 0.0, 1.0], "group_size": 2}
-    inputs = {"input_ids": ids, "attention_mask": torch.cat([prompts.mask, mask], 1)}
-    inputs |= {"pixel_values": torch.cat(prompts.pixels), "image_grid_thw": torch.cat(prompts.grids)}
-    names["inputs"] = inputs | {"mm_token_type_ids": (ids == policy.image_token).long()}
-    names["corrupted_pixels"] = torch.cat(prompts.corrupted)
-    assert not mask.all()  # padding on both sides
+    inputs = {"input_ids": ids, "attention_mask": torch.cat([prompts.mask[which], mask], 1)}
+    inputs |= {"mm_token_type_ids": (ids == policy.image_token).long()}
+    rows = lambda parts: torch.cat([parts[i] for i in which])  # noqa: E731
+    names["inputs"] = inputs | {"pixel_values": rows(prompts.pixels), "image_grid_thw": rows(prompts.grids)}
+    names["corrupted_pixels"] = rows(prompts.corrupted)
+    assert (prompts.mask[which] == 0).any() and not written.mask.all()  # padding on both sides
     policy.model.zero_grad()
     exec(code(section("Copy the loss")), names)
     assert policy.model.model.language_model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
@@ -885,10 +887,11 @@ OPTIONS = """--model TMP/none>none --model no-such-owner/no-such-model>no-such-o
 --choice lam=2>lam --choice corruption=melt>melt --choice p=2>p --choice tau=-1>tau --choice w_min=3>w_min
 --choice shape=round>no_such_choice --task chess>chess --out TMP/file/sub>Not_a_directory --what>--what
 --resume TMP/none>not_the_folder_of_a_run --resume TMP/text-only>not_the_folder_of_a_run
---reward TMP/file:g>no_such_function"""
+--reward TMP/file>--reward --reward TMP/file:g>no_such_function --lora 4>pip_install_peft"""
 
 @pytest.mark.parametrize("case", re.split(r"\s(?=--)", OPTIONS))
-def test_a_bad_option_is_one_line(case, capsys, tmp_path, policy):
+def test_a_bad_option_is_one_line(case, capsys, tmp_path, policy, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)  # as if it were not installed
     argv, needle = case.replace("TMP", str(tmp_path)).split(">")
     (tmp_path / "text-only").mkdir()
     (tmp_path / "text-only/config.json").write_text('{"model_type": "qwen2"}')

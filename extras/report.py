@@ -296,8 +296,8 @@ HEAD = (
 EXPLAINED = (
     '<h2>Credit, token by token</h2><p><span class="perception" style="--s:50%">perception</span> and '
     '<span class="reasoning" style="--s:50%">reasoning</span> tokens are darker the larger their weight w; '
-    "all others have weight 1. Point at a token, or touch it, for its contrast Δ, weight w and advantage Â. "
-    "A is the response's advantage, b its baseline.</p>"
+    "all others have weight 1. Point at a token, or touch it, for its contrast Δ, weight w and "
+    "advantage Â. A is the response's advantage, b its baseline.</p>"
 )
 
 
