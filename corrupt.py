@@ -1,4 +1,4 @@
-"""Images: opened with care, and corrupted for step 2 (a PIL image in, one of the same size and mode out).
+"""Images: corrupted for step 2 (a PIL image in, one of the same size and mode out), opened, and drawn.
 
 The same size means the same number of visual tokens, so a response can be scored under both images. What each
 corruption destroys, and what it keeps:
@@ -15,11 +15,14 @@ Every function is deterministic in its seed. In training one corrupted image is 
 group, so that the contrasts of its responses can be compared.
 """
 
+import hashlib
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 # A corruption takes colors as float32 [H, W, 3] in 0..255, a patch side in pixels, the share p, a generator.
 
@@ -53,20 +56,17 @@ def patch_shuffle(pixels: np.ndarray, patch: int, p: float, rng: np.random.Gener
     """Permute the whole patches of the image among themselves; a cut-off edge stays where it is."""
     rows, cols = pixels.shape[0] // patch, pixels.shape[1] // patch
     out, order = pixels.copy(), rng.permutation(rows * cols)
+    squares = [slice(i * patch, (i + 1) * patch) for i in range(max(rows, cols))]
     for to, source in enumerate(order):
-        (y, x), (v, u) = divmod(to, cols), divmod(int(source), cols)
-        tile = pixels[v * patch : (v + 1) * patch, u * patch : (u + 1) * patch]
-        out[y * patch : (y + 1) * patch, x * patch : (x + 1) * patch] = tile
+        (y, x), (v, u) = divmod(to, cols), divmod(source, cols)
+        out[squares[y], squares[x]] = pixels[squares[v], squares[u]]
     return out
 
 
 def pixelate(pixels: np.ndarray, patch: int, p: float, rng: np.random.Generator) -> np.ndarray:
-    """Fill every patch with its mean color."""
-    out = pixels.copy()
-    for y in range(0, pixels.shape[0], patch):
-        for x in range(0, pixels.shape[1], patch):
-            out[y : y + patch, x : x + patch] = pixels[y : y + patch, x : x + patch].mean((0, 1))
-    return out
+    """Fill every patch, a cut-off one too, with its mean color."""
+    small = np.asarray(Image.fromarray(pixels.astype(np.uint8)).reduce(patch))
+    return small.repeat(patch, 0).repeat(patch, 1)[: pixels.shape[0], : pixels.shape[1]]
 
 
 CORRUPTIONS: dict[str, Callable[[np.ndarray, int, float, np.random.Generator], np.ndarray]] = {
@@ -90,31 +90,24 @@ def corrupt(image: Image.Image, kind="patch", *, patch: int = 14, p: float = 0.6
         p: strength in [0, 1]: share of masked patches, noise level, blur radius; the others have none.
         seed: of the draw; an int, or a sequence of them.
     Returns:
-        A new image of the same size and mode.
-    Raises:
-        ValueError: unknown kind, patch < 1, or p outside [0, 1].
+        A new image of the same size and mode. ValueError for an unknown kind, patch < 1 or p not in [0, 1].
     """
     if kind not in CORRUPTIONS:
         raise ValueError(f"unknown corruption {kind!r}; choose from {', '.join(CORRUPTIONS)}")
     if patch < 1 or not 0 <= p <= 1:
         raise ValueError(f"need patch >= 1 and p in [0, 1], got patch={patch}, p={p}")
-    mode, image = image.mode, image.convert("RGBA") if image.has_transparency_data else image
     colors = np.asarray(image.convert("RGB"), dtype=np.float32)
     pixels = CORRUPTIONS[kind](colors, patch, p, np.random.default_rng(seed))
     result = Image.fromarray(np.asarray(pixels).round().clip(0, 255).astype(np.uint8))
-    if image.mode == "RGBA":
-        result.putalpha(image.getchannel("A"))
-    if mode == "P":  # a palette of its own: the fill color need not be in the old one
+    result.putalpha(image.convert("RGBA").getchannel("A"))
+    if image.mode == "P":  # a palette of its own: the fill color need not be in the old one
         return result.quantize(method=Image.Quantize.FASTOCTREE)
-    return result.convert(mode)
+    return result.convert(image.mode)
 
 
 def open_image(file) -> Image.Image:
-    """Decode an image file to RGB, upright, and over white where it is transparent.
-
-    Raises:
-        ValueError: too many pixels, or far too long; Pillow's own errors where it is broken.
-    """
+    """Decode an image file to RGB, upright, and over white where it is transparent. ValueError where it has
+    too many pixels or is far too long, Pillow's own errors where it is broken."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is checked below
         image = Image.open(file)
@@ -132,3 +125,120 @@ def open_image(file) -> Image.Image:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
         return image.convert("RGB")
+
+
+# ----------------------------------------------------------------------------------------------- drawn scenes
+
+COLORS = {"red": (220, 40, 40), "green": (40, 170, 70), "blue": (50, 80, 220), "yellow": (235, 200, 40)}
+SHAPES = ("circle", "square", "triangle")
+CELLS = tuple(column + row for row in "123" for column in "abc")
+HINT = (
+    "The image is a grid of 3 columns a, b, c from left to right and 3 rows 1, 2, 3 from top to bottom. In "
+    "the perception list every object as its cell, color and shape, like: a1 red circle, c2 blue square. "
+    f"Colors: {', '.join(COLORS)}."
+)
+
+
+@dataclass(frozen=True)
+class Fact:
+    cell: str
+    color: str
+    shape: str
+
+    def __str__(self):
+        return f"{self.cell} {self.color} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is asked: about one color or shape in count, about two in compare and add."""
+
+    task: str
+    args: tuple[str, ...]
+
+    def text(self) -> str:
+        forms = {"count": "How many {}?", "compare": "More {} or more {}?", "add": "How many {} plus {}?"}
+        return forms[self.task].format(*self.args)
+
+    def evidence(self, facts: Collection[Fact]) -> tuple[frozenset, ...]:
+        """All that the answer depends on: for each argument, the cells of the things that it is true of."""
+        return tuple(frozenset(f.cell for f in facts if arg in (f.color, f.shape)) for arg in self.args)
+
+    def solve(self, facts: Collection[Fact]) -> str:
+        """The answer that follows from `facts`, right or wrong."""
+        counts = [len(cells) for cells in self.evidence(facts)]
+        if self.task == "compare":
+            return "same" if counts[0] == counts[1] else self.args[counts[0] < counts[1]]
+        return str(sum(counts))
+
+    def reasoning(self, facts: Sequence[Fact]) -> str:
+        parts = []
+        for arg, cells in zip(self.args, self.evidence(facts), strict=True):
+            marks = [f" {f.cell} {arg if f.cell in cells else 'no'}" for f in facts]
+            parts.append("".join(marks) + f" so {len(cells)}")
+        return ",".join(parts)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question. Drawn tasks know `scene` and `query`; `source` names file and line of a user's row."""
+
+    images: tuple[Image.Image, ...]
+    question: str
+    answer: str
+    scene: tuple[Fact, ...] | None = None
+    query: Query | None = None
+    hint: str = ""
+    source: str = ""
+    response: str = ""  # to imitate
+
+
+def draw_scene(scene: Sequence[Fact], size: int, rng: np.random.Generator) -> Image.Image:
+    """A scene, size x size pixels; place, radius, shade and background vary a little from draw to draw."""
+    image = Image.new("RGB", (size, size), tuple(int(v) for v in rng.integers(225, 250, 3)))
+    draw, cell = ImageDraw.Draw(image), size / 3
+    for fact in scene:
+        column, row = "abc".index(fact.cell[0]), "123".index(fact.cell[1])
+        x, y = (np.array([column, row]) + 0.5 + rng.uniform(-0.06, 0.06, 2)) * cell
+        r = cell * rng.uniform(0.32, 0.40)
+        fill = tuple(int(v) for v in np.clip(np.array(COLORS[fact.color]) + rng.integers(-15, 16, 3), 0, 255))
+        if fact.shape == "circle":
+            draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+        elif fact.shape == "square":
+            draw.rectangle((x - r * 0.9, y - r * 0.9, x + r * 0.9, y + r * 0.9), fill=fill)
+        else:
+            draw.polygon([(x, y - r), (x + r, y + r * 0.9), (x - r, y + r * 0.9)], fill=fill)
+    return image
+
+
+def is_held_out(scene: Sequence[Fact]) -> bool:
+    """One scene in ten belongs to the evaluation, by its content: no scene is ever in both splits."""
+    return hashlib.sha256(";".join(map(str, scene)).encode()).digest()[0] % 10 == 0
+
+
+def draw_example(task: str, rng, *, held_out: bool, size: int, objects: tuple[int, int]) -> Example:
+    """An example of `task`, from training or held-out scenes, with `objects` = (fewest, most) shapes."""
+    kinds = [(color, shape) for color in COLORS for shape in SHAPES]
+    while True:
+        n = int(rng.integers(objects[0], objects[1] + 1))
+        args = tuple(str(a) for a in rng.choice([*COLORS, *SHAPES], 2, replace=False))
+        args = args[: 1 if task == "count" else 2]
+        match = [k for k in kinds if args[0] in k]
+        other = [k for k in kinds if args[0] not in k]
+        wanted = int(rng.integers(1, n + 1))  # so that no count is much more common than another
+        pools = [match] * wanted + [other] * (n - wanted)
+        cells = sorted(int(c) for c in rng.permutation(len(CELLS))[:n])
+        pools = [pools[i] for i in rng.permutation(n)]
+        facts = zip(cells, pools, strict=True)
+        scene = tuple(Fact(CELLS[c], *pool[rng.integers(len(pool))]) for c, pool in facts)
+        query = Query(task, args)
+        if is_held_out(scene) == held_out and all(query.evidence(scene)):  # there is something to see
+            image = draw_scene(scene, size, rng)
+            return Example((image,), query.text(), str(query.solve(scene)), scene, query, hint=HINT)
+
+
+def parse_facts(text: str) -> set[Fact]:
+    """The facts stated in a perception: cell, color, shape, in any sentence that has them in this order."""
+    cell, color, shape = ("|".join(words) for words in (CELLS, COLORS, SHAPES))
+    form = rf"\b({cell})\W+(?:(?:is|has|a|an|the)\W+)*({color})\W+({shape})\b"
+    return {Fact(*map(str.lower, found)) for found in re.findall(form, text, re.IGNORECASE)}

@@ -1,25 +1,29 @@
-"""Tasks whose evidence has a ground truth, their verifier, and your own data from a JSON-lines file.
+"""Tasks whose evidence has a ground truth, their verifier, your own data, and what a run leaves on disk.
 
 A drawn task shows a 3 x 3 grid of cells a1 .. c3 (columns a to c from the left, rows 1 to 3 from the top)
 with a few colored shapes. The scene is known, so one can check not only the answer but also what the response
 says it *saw*. An example of each task, with a perfect response:
 
-    lookup   What color is at b2?       <perception> a1 red circle, b2 blue square</perception>
-                                        <reasoning> b2 is blue</reasoning>
-                                        <answer> blue</answer>
-    count    How many red?              <reasoning> a1 red b2 no so 1</reasoning>                         1
+    count    How many red?              <perception> a1 red circle, b2 blue square</perception>
+                                        <reasoning> a1 red b2 no so 1</reasoning>
+                                        <answer> 1</answer>
     compare  More blue or more circle?  <reasoning> a1 no b2 blue so 1, a1 circle b2 no so 1</reasoning>  same
     add      How many blue plus circle? <reasoning> a1 no b2 blue so 1, a1 circle b2 no so 1</reasoning>  2
 
-The reward, 0.9 accuracy + 0.1 format, never looks at the perception: SRPO changes the credit, not the reward.
+The reward, 0.9 accuracy + 0.1 share of the tags, never looks at the perception: SRPO changes the credit, not
+the reward.
 """
 
 import hashlib
+import importlib
 import io
 import json
 import math
+import os
 import re
 import runpy
+import shutil
+import traceback
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -27,21 +31,15 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+import torch
+from filelock import FileLock, Timeout
+from tqdm import tqdm
 
-from corrupt import open_image
+from corrupt import COLORS, SHAPES, Example, Fact, draw_example, open_image, parse_facts
 from srpo import Tags, parse_response
 
-COLORS = {"red": (220, 40, 40), "green": (40, 170, 70), "blue": (50, 80, 220), "yellow": (235, 200, 40)}
-SHAPES = ("circle", "square", "triangle")
-CELLS = tuple(column + row for row in "123" for column in "abc")
-TASKS = ("lookup", "count", "compare", "add")
+TASKS = ("count", "compare", "add")
 MARK = "<image>"  # in a question: an image goes here; without marks, all go in front
-HINT = (
-    "The image is a grid of 3 columns a, b, c from left to right and 3 rows 1, 2, 3 from top to bottom. In "
-    "the perception list every object as its cell, color and shape, like: a1 red circle, c2 blue square. "
-    f"Colors: {', '.join(COLORS)}."
-)
 TAGS = Tags()
 INSTRUCTION = (
     f"Reply in exactly this form: <{TAGS.perception}>what you see that matters</{TAGS.perception}>"
@@ -56,114 +54,6 @@ class InputError(ValueError):
 
 def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-@dataclass(frozen=True)
-class Fact:
-    cell: str
-    color: str
-    shape: str
-
-    def __str__(self):
-        return f"{self.cell} {self.color} {self.shape}"
-
-
-@dataclass(frozen=True)
-class Query:
-    """What is asked: `args` is a cell for lookup, one color or shape for count, two for the others."""
-
-    task: str
-    args: tuple[str, ...]
-
-    def text(self) -> str:
-        x, y = (self.args * 2)[:2]
-        texts = {"lookup": f"What color is at {x}?", "count": f"How many {x}?"}
-        return (texts | {"compare": f"More {x} or more {y}?", "add": f"How many {x} plus {y}?"})[self.task]
-
-    def evidence(self, facts: Iterable[Fact]) -> tuple[frozenset, ...]:
-        """All that the answer depends on: for each argument, the things in the scene that bear on it."""
-        facts = list(facts)
-        if self.task == "lookup":
-            return (frozenset(f.color for f in facts if f.cell == self.args[0]),)
-        return tuple(frozenset(f.cell for f in facts if arg in (f.color, f.shape)) for arg in self.args)
-
-    def solve(self, facts: Iterable[Fact]) -> str | None:
-        """The answer that follows from `facts`, right or wrong; None when they do not settle it."""
-        evidence = self.evidence(facts)
-        counts = [len(e) for e in evidence]
-        if self.task == "lookup":
-            return next(iter(evidence[0])) if counts[0] == 1 else None
-        if self.task == "compare":
-            return "same" if counts[0] == counts[1] else self.args[counts[0] < counts[1]]
-        return str(sum(counts))
-
-    def reasoning(self, facts: Sequence[Fact]) -> str:
-        if self.task == "lookup":
-            return f" {self.args[0]} is {self.solve(facts)}"
-        parts = []
-        for arg, cells in zip(self.args, self.evidence(facts), strict=True):
-            marks = [f" {f.cell} {arg if f.cell in cells else 'no'}" for f in facts]
-            parts.append("".join(marks) + f" so {len(cells)}")
-        return ",".join(parts)
-
-
-@dataclass(frozen=True)
-class Example:
-    """One question. Drawn tasks know `scene` and `query`; `source` names file and line of a user's row."""
-
-    images: tuple[Image.Image, ...]
-    question: str
-    answer: str
-    scene: tuple[Fact, ...] | None = None
-    query: Query | None = None
-    hint: str = ""
-    source: str = ""
-
-
-def draw_scene(scene: Sequence[Fact], size: int, rng: np.random.Generator) -> Image.Image:
-    """A scene, size x size pixels; place, radius, shade and background vary a little from draw to draw."""
-    image = Image.new("RGB", (size, size), tuple(int(v) for v in rng.integers(225, 250, 3)))
-    draw, cell = ImageDraw.Draw(image), size / 3
-    for fact in scene:
-        column, row = "abc".index(fact.cell[0]), "123".index(fact.cell[1])
-        x, y = (np.array([column, row]) + 0.5 + rng.uniform(-0.06, 0.06, 2)) * cell
-        r = cell * rng.uniform(0.32, 0.40)
-        fill = tuple(int(v) for v in np.clip(np.array(COLORS[fact.color]) + rng.integers(-15, 16, 3), 0, 255))
-        if fact.shape == "circle":
-            draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
-        elif fact.shape == "square":
-            draw.rectangle((x - r * 0.9, y - r * 0.9, x + r * 0.9, y + r * 0.9), fill=fill)
-        else:
-            draw.polygon([(x, y - r), (x + r, y + r * 0.9), (x - r, y + r * 0.9)], fill=fill)
-    return image
-
-
-def is_held_out(scene: Sequence[Fact]) -> bool:
-    """One scene in ten belongs to the evaluation, by its content: no scene is ever in both splits."""
-    return hashlib.sha256(";".join(map(str, scene)).encode()).digest()[0] % 10 == 0
-
-
-def draw_example(task: str, rng, *, held_out: bool, size: int, objects: tuple[int, int]) -> Example:
-    """An example of `task`, from training or held-out scenes, with `objects` = (fewest, most) shapes."""
-    kinds = [(color, shape) for color in COLORS for shape in SHAPES]
-    while True:
-        n = int(rng.integers(objects[0], objects[1] + 1))
-        args = tuple(str(a) for a in rng.choice([*COLORS, *SHAPES], 2, replace=False))
-        args = args[: 1 if task == "count" else 2]
-        match = [k for k in kinds if args[0] in k]
-        other = [k for k in kinds if args[0] not in k]
-        wanted = int(rng.integers(1, n + 1))  # so that no count is much more common than another
-        pools = [kinds] * n if task == "lookup" else [match] * wanted + [other] * (n - wanted)
-        cells = sorted(int(c) for c in rng.permutation(len(CELLS))[:n])
-        pools = [pools[i] for i in rng.permutation(n)]
-        facts = zip(cells, pools, strict=True)
-        scene = tuple(Fact(CELLS[c], *pool[rng.integers(len(pool))]) for c, pool in facts)
-        if task == "lookup":
-            args = (str(rng.choice([f.cell for f in scene])),)
-        query = Query(task, args)
-        if is_held_out(scene) == held_out and all(query.evidence(scene)):  # there is something to see
-            image = draw_scene(scene, size, rng)
-            return Example((image,), query.text(), str(query.solve(scene)), scene, query, hint=HINT)
 
 
 class DrawnTask:
@@ -191,10 +81,13 @@ def respond(perception: str, reasoning: str, answer: str) -> str:
 
 
 def demonstrate(example: Example, noise: float, rng: np.random.Generator) -> str:
-    """A response to imitate in which every color and every shape is misstated with probability `noise`.
-
-    Reasoning and answer follow from what is stated, not from the image: consistent, and seeing things.
-    """
+    """A response to imitate: a row's own, or of a drawn scene, in which every color and every shape is
+    misstated with probability `noise`. Reasoning and answer follow from what is stated, not from the image:
+    consistent, and seeing things. InputError where there is neither."""
+    if example.response or not example.scene:
+        if not example.response:
+            raise InputError(f"{example.source}: needs a response, to be imitated")
+        return example.response
 
     def misstate(word: str, words: Iterable[str]) -> str:
         return str(rng.choice([w for w in words if w != word])) if rng.random() < noise else word
@@ -208,9 +101,9 @@ def demonstrate(example: Example, noise: float, rng: np.random.Generator) -> str
 class Verdict:
     """What is true of one response, each in [0, 1]; the last three are None where the scene is not known."""
 
-    reward: float  # 0.9 accuracy + 0.1 format
+    reward: float  # 0.9 accuracy + 0.1 share of the tags in place, the whole of it for the whole form alone
     accuracy: float  # the answer is right
-    format: float  # exactly the three blocks, in order, none of them blank
+    format: float  # 1: exactly the three blocks, in order, none of them blank
     perception: float | None = None  # F1 of the stated facts against the scene
     grounded: float | None = None  # right, and all the evidence that it rests on is stated rightly
     consistent: float | None = None  # the answer follows from what is stated, right or wrong
@@ -225,21 +118,27 @@ def averages(verdicts: Sequence[Verdict]) -> dict[str, float | None]:
 def verify(text: str, example: Example, match=None) -> Verdict:
     """Check a response against its example. Nothing but answer and format enters the reward. `match` says of
     (given, truth) whether the answer is the true one, by default `answers_match`."""
-    match = match or answers_match
-    blocks = parse_response(text, TAGS)
+    match, blocks = match or answers_match, parse_response(text, TAGS)
     spans = (blocks.perception, blocks.reasoning, blocks.answer) if blocks else ()
     well_formed = float(bool(spans) and all(text[a:b].strip() for a, b in spans))
     answer = extract_answer(text)
     accuracy = float(answer is not None and (match(answer, example.answer) or chosen(answer, example)))
-    reward = 0.9 * accuracy + 0.1 * well_formed
+    reward = 0.9 * accuracy + 0.1 * (well_formed or min(tags_in_place(text), 5 / 6))
     if example.scene is None:
         return Verdict(reward, accuracy, well_formed)
     stated, true = parse_facts(text[slice(*blocks.perception)]) if blocks else set(), set(example.scene)
     f1 = 2 * len(stated & true) / (len(stated) + len(true))
     once = len({f.cell for f in stated}) == len(stated)  # a cell stated twice, once right, is no evidence
     seen = blocks and once and example.query.evidence(stated) == example.query.evidence(true)
-    follows = stated and answers_match(answer, example.query.solve(stated) or "")
+    follows = stated and answers_match(answer, example.query.solve(stated))
     return Verdict(reward, accuracy, well_formed, f1, accuracy * bool(seen), float(bool(follows)))
+
+
+def tags_in_place(text: str) -> float:
+    """Share of the six tags that stand exactly once, and after those before them: a first tag is a start."""
+    tags = [f"<{end}{tag}>" for tag in (TAGS.perception, TAGS.reasoning, TAGS.answer) for end in ("", "/")]
+    places = [text.find(tag) for tag in tags if text.count(tag) == 1]
+    return sum(place == max(places[: i + 1]) for i, place in enumerate(places)) / len(tags)
 
 
 def reward_from(place: str):
@@ -256,10 +155,12 @@ def reward_from(place: str):
             found = function(text, example)
             if not isinstance(found, Verdict):
                 found = replace(verify(text, example), reward=float(found))
-            assert math.isfinite(found.reward), f"{found.reward} is not finite"
+            if not math.isfinite(found.reward):
+                raise ValueError(f"{found.reward} is not finite")
             return found
         except Exception as error:
-            said = f"{type(error).__name__}, {first_line(error)}"
+            lines = [x.lineno for x in traceback.extract_tb(error.__traceback__) if x.filename == file]
+            said = f"{type(error).__name__}{f' in line {lines[-1]}' if lines else ''}, {first_line(error)}"
             raise InputError(f"--reward {place}: {said}; {example.source or example.question}") from None
 
     return judge
@@ -268,20 +169,16 @@ def reward_from(place: str):
 def extract_answer(text: str) -> str | None:
     """Text of the only answer block, or what is \\boxed in it, also when the rest is malformed; else None."""
     opening, closing = f"<{TAGS.answer}>", f"</{TAGS.answer}>"
-    start, end = text.find(opening), text.find(closing)
-    if text.count(opening) != 1 or text.count(closing) != 1 or end < start:
-        return None
-    return unboxed(text[start + len(opening) : end])
+    inside, closed, _ = text.partition(opening)[2].partition(closing)
+    return unboxed(inside) if closed and text.count(opening) == text.count(closing) == 1 else None
 
 
 def unboxed(text: str) -> str:
-    """Content of the last \\boxed{...}, or the whole text without one, or with one that is never closed."""
-    depth, start = 0, text.rfind("\\boxed{")
-    for i in range(start, len(text) if start >= 0 else start):
-        depth += {"{": 1, "}": -1}.get(text[i], 0)
-        if text[i] == "}" and depth == 0:
-            return text[start + len("\\boxed{") : i].strip()
-    return text.strip()
+    """Content of the last \\boxed{...} that is closed, or the whole text without one."""
+    inside = "[^{}]*"
+    for _ in range(5):  # braces within braces
+        inside = rf"[^{{}}]*(?:\{{{inside}\}}[^{{}}]*)*"
+    return (re.findall(rf"\\boxed\{{({inside})\}}", text) or [text])[-1].strip()
 
 
 def chosen(answer: str, example: Example) -> bool:
@@ -324,13 +221,6 @@ def _number(text: str) -> Fraction | None:
     return Fraction(text.replace(",", ""))
 
 
-def parse_facts(text: str) -> set[Fact]:
-    """The facts stated in a perception: cell, color, shape, in any sentence that has them in this order."""
-    cell, color, shape = ("|".join(words) for words in (CELLS, COLORS, SHAPES))
-    form = rf"\b({cell})\W+(?:(?:is|has|a|an|the)\W+)*({color})\W+({shape})\b"
-    return {Fact(*map(str.lower, found)) for found in re.findall(form, text, re.IGNORECASE)}
-
-
 class OwnTask:
     """Your own rows of images, question and answer from a JSON-lines file, a tenth of the images held out.
 
@@ -341,8 +231,8 @@ class OwnTask:
 
     def __init__(self, path: str | Path, seed: int = 0, everything: bool = False):
         self.path, self.seed = Path(path), seed
-        rows = self._rows()
-        digests = [{hashlib.sha256(file).digest() for file in self._load(row)[1]} for row in rows]
+        bar = tqdm(rows := self._rows(), f"checking {self.path.name}", disable=None, delay=2)
+        digests = [{hashlib.sha256(file).digest() for file in self._load(row)[1]} for row in bar]
         images = sorted(set().union(*digests))
         held_out = set(images if everything else images[: max(1, len(images) // 10)])
         while more := {d for row in digests if row & held_out for d in row - held_out}:
@@ -350,7 +240,7 @@ class OwnTask:
         self._eval = [row for row, d in zip(rows, digests, strict=True) if d & held_out]
         self._train = [row for row, d in zip(rows, digests, strict=True) if not d & held_out]
         if not self._train and not everything:
-            raise InputError(f"--data {path}: needs rows with at least two different images, one to hold out")
+            raise InputError(f"{path}: needs rows with at least two different images, one to hold out")
 
     def train_batch(self, step: int, n: int) -> list[Example]:
         """Batch `step` of an endless stream: each epoch is a permutation of all rows, drawn from the seed."""
@@ -363,50 +253,168 @@ class OwnTask:
         return [self._load(row)[0] for row in self._eval[:n]]
 
     def _rows(self) -> list[tuple]:
-        """(names of the images, question, answer, source) of each line."""
-        try:
-            lines = self.path.read_text(encoding="utf-8-sig").split("\n")  # splitlines cuts at U+2028
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--data {self.path}: cannot be read as UTF-8 text ({error})") from None
-        rows = []
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            source = f"{self.path}:{number}"
+        """(names of the images, question, answer, response, source) of each line."""
+        found = []
+        for source, row in json_lines(self.path):
             try:
-                row = json.loads(line)
                 images = row["images"] if "images" in row else [row["image"]]
-                question, answer = row["question"], row["answer"]
+                question, answer, response = row["question"], row["answer"], row.get("response", "")
                 if not isinstance(images, list) or not images or isinstance(answer, list | dict | None):
                     raise TypeError
-                if not all(isinstance(text, str) and text.encode() for text in (question, *images)):
-                    raise TypeError
-            except (ValueError, KeyError, TypeError, RecursionError):
-                wanted = "one JSON object with image (or a list of images), question and answer"
-                raise InputError(f"{source}: expected {wanted}, got {line[:60]!r}") from None
-            if re.search(r"<\|(image|video)_pad\|>", question):
-                raise InputError(f"{source}: take the image placeholder out; write <image>, or nothing")
-            if (n := question.count(MARK)) not in (0, len(images)):
-                raise InputError(f"{source}: {n} {MARK} marks, {len(images)} images; give as many or none")
-            answer = unboxed(str(answer))
-            if not answers_match(answer, answer):
-                raise InputError(f"{source}: the answer {answer!r} is blank, so no response could be right")
-            rows.append((tuple(images), question, answer, source))
-        if not rows:
-            raise InputError(f"--data {self.path}: the file is empty; it needs one JSON object a line")
-        return rows
+                answer = unboxed(str(answer))
+                "".join((question, answer, response, *images)).encode()  # texts, without lone surrogates
+            except (ValueError, KeyError, TypeError):
+                raise InputError(f"{source}: needs image (or a list, images), question, answer") from None
+            faults = {
+                "take the image placeholder out": re.search(r"<\|(image|video)_pad\|>", question),
+                f"give {len(images)} {MARK} marks, or none": question.count(MARK) not in (0, len(images)),
+                f"the answer {answer!r} is blank": not answers_match(answer, answer),
+                "the response lacks the form": response and not parse_response(response, TAGS),
+            }
+            if fault := next(filter(faults.get, faults), None):
+                raise InputError(f"{source}: {fault}")
+            found.append((tuple(images), question, answer, response, source))
+        return found
 
     def _load(self, row: tuple) -> tuple[Example, list[bytes]]:
         """The example of a row, and its images' files."""
-        names, question, answer, source = row
+        names, question, answer, response, source = row
         images, files = [], []
         for name in names:
             try:
                 files.append((self.path.parent / name).read_bytes())
                 images.append(open_image(io.BytesIO(files[-1])))
-            except FileNotFoundError:
-                said = f"image {name} does not exist (paths are relative to the data file)"
-                raise InputError(f"{source}: {said}") from None
             except Exception as error:  # decoders raise nearly anything on damaged files
-                raise InputError(f"{source}: image {name} cannot be decoded ({error})") from None
-        return Example(tuple(images), question, answer, source=source), files
+                raise InputError(f"{source}: image {name} cannot be read ({first_line(error)})") from None
+        return Example(tuple(images), question, answer, source=source, response=response), files
+
+
+def json_lines(path: Path, torn: bool = False) -> list[tuple[str, dict]]:
+    """(file:line, object) of each line of a file; the one place that parses such files, with InputError where
+    one is anything else. With `torn` a last line without an end, cut off by a kill, is none."""
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError("not a file")  # a pipe would be waited for
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines cuts at U+2028
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    found = []
+    for number, line in enumerate(lines[:-1] if torn else lines, start=1):
+        try:
+            if line.strip():
+                found.append((f"{path}:{number}", dict(json.loads(line[:10**6]).items())))
+        except (ValueError, AttributeError, RecursionError):
+            raise InputError(f"{path}:{number}: expected one JSON object, got {line[:60]!r}") from None
+    if not found and not torn:
+        raise InputError(f"{path}: the file is empty; it needs one JSON object a line")
+    return found
+
+
+class Run:
+    """The folder of a run. Whatever a kill leaves in it is whole, and resuming gives the same numbers."""
+
+    def __init__(self, path: str | Path):
+        self.path, self.metrics, self.live = Path(path), Path(path) / "metrics.jsonl", None
+
+    def lock(self) -> None:
+        """Keep the folder to this process, for as long as it lives."""
+        self.held = FileLock(self.path / "lock")
+        try:
+            self.held.acquire(blocking=False)
+        except Timeout:
+            who = (self.path / "pid").read_text(encoding="utf-8")
+            raise InputError(f"{self.path}: process {who} is at work there; stop it, or wait") from None
+        self.put("pid", str(os.getpid()))
+
+    def claim(self, options: dict) -> None:
+        """Make the folder with the run's options, at once, so that whatever is there can be resumed."""
+        if any(p.name.removesuffix(".tmp") not in ("args.json", "lock", "pid") for p in self.path.glob("*")):
+            raise InputError(f"--out {self.path}: not empty; --resume {self.path} goes on with it")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock()
+        self.put("args.json", json.dumps(options, indent=1) + "\n")
+
+    def rewind(self) -> None:
+        """Drop the steps after the last checkpoint, which are made again, and what was left half written."""
+        self.lock()
+        done = int(self.checkpoint().name.split("-")[1]) if self.checkpoint() else -1
+        self.put("metrics.jsonl", "".join(json.dumps(r) + "\n" for r in self.log() if r["step"] <= done))
+
+    def argv(self) -> list[str]:
+        """The options that it was started with, to be checked again."""
+        try:
+            argv = json.loads((self.path / "args.json").read_text(encoding="utf-8"))["argv"]
+            return ["".join(word) for word in argv]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise InputError(f"--resume {self.path}: not the folder of a run (no args.json there)") from None
+
+    def put(self, name: str, text: str) -> None:
+        """Write a file whole or not at all."""
+        (self.path / f"{name}.tmp").write_text(text, encoding="utf-8")
+        os.replace(self.path / f"{name}.tmp", self.path / name)
+
+    def log(self) -> list[dict]:
+        """Records of the run."""
+        lines = json_lines(self.metrics, torn=True) if self.metrics.exists() else []
+        for source in (source for source, record in lines if not isinstance(record.get("step"), int)):
+            raise InputError(f"{source}: not a record of a run, which has a step; take the line out")
+        return [record for _, record in lines]
+
+    def write(self, record: dict) -> None:
+        with open(self.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        if self.live:
+            kind = "eval" if "eval" in record else "train"
+            numbers = {f"{kind}/{k}": v for k, v in record.get("eval", record).items() if v is not None}
+            self.live(numbers, step=record["step"])
+
+    def send_to(self, kind: str, options: dict) -> None:
+        """Show the numbers of each record in tensorboard, wandb or trackio too, while it runs."""
+        try:
+            if kind == "tensorboard":
+                board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(self.path)
+                self.live = lambda numbers, step: [board.add_scalar(k, x, step) for k, x in numbers.items()]
+                return
+            live, os.environ["WANDB_RUN_ID"] = importlib.import_module(kind), self.path.name  # to go on with
+        except ImportError:
+            raise InputError(f"--log {kind}: not installed; pip install {kind}") from None
+        live.init(project="srpo", name=self.path.name, config=options, resume="allow")
+        self.live = live.log
+
+    def checkpoint(self) -> Path | None:
+        """The last whole one; what a killed process left half written has another name."""
+        found = [p for p in self.path.glob("checkpoint-*") if re.fullmatch("checkpoint-[0-9]+", p.name)]
+        return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
+
+    def save(self, step: int, policy, optimizer) -> None:
+        def fill(folder):
+            policy.save(folder)
+            torch.save({"step": step, "optimizer": optimizer.state_dict()}, folder / "trainer.pt")
+
+        write_folder(self.path / f"checkpoint-{step:06d}", fill)
+        for old in {*self.path.glob("checkpoint-*")} - {self.checkpoint()}:
+            shutil.rmtree(old)
+
+    def restore(self, optimizer, device: str) -> int:
+        """Put the last checkpoint's state into the optimizer; the number of steps done."""
+        if not (checkpoint := self.checkpoint()):
+            return 0
+        try:
+            state = torch.load(checkpoint / "trainer.pt", map_location=device, weights_only=True)
+            optimizer.load_state_dict(state["optimizer"])
+            return int(state["step"])
+        except Exception as error:  # a cut file, a foreign one
+            raise InputError(f"{checkpoint}: remove it, trainer.pt is broken ({first_line(error)})") from None
+
+
+def write_folder(folder: Path, fill) -> None:
+    """Make `folder` whole or not at all: `fill` writes beside it, then it is renamed into place."""
+    beside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    try:
+        beside.mkdir(parents=True, exist_ok=True)
+        fill(beside)
+        beside.rename(folder)
+    except Exception as error:  # a full disk, too, which safetensors and torch report in ways of their own
+        shutil.rmtree(beside, ignore_errors=True)
+        if not folder.exists():  # else another process was first
+            raise InputError(f"{folder}: cannot be written ({first_line(error)})") from None

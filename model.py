@@ -23,7 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, LinearAttentionLayer, StaticLayer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
-from data import CELLS, COLORS, INSTRUCTION, MARK, SHAPES, TAGS, Example, InputError, first_line
+from corrupt import CELLS, COLORS, SHAPES, Example
+from data import INSTRUCTION, MARK, TAGS, InputError, first_line
 from srpo import text_and_offsets, token_bytes
 
 FAMILY = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
@@ -182,8 +183,7 @@ class Policy:
         rows = [torch.tensor([*row, self.tokenizer.eos_token_id]) for row in rows]
         ids = pad_sequence(rows, True, self.pad).to(self.device)  # [B, T]
         mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], True).to(self.device)
-        logp = torch.zeros(ids.shape, device=self.device)
-        return Rollout(ids, mask, logp, torch.arange(len(ids), device=self.device))
+        return Rollout(ids, mask, mask.float() * 0, torch.arange(len(ids), device=self.device))
 
     def log_probs(
         self, prompts, rollout, *, temperature, corrupted=False, visible=None, wanted=None, reuse=False
@@ -291,9 +291,9 @@ class Policy:
         old = folder and peft.PeftModel.from_pretrained(self.model, folder, is_trainable=True)
         self.adapter = (old or peft.get_peft_model(self.model, config)).eval()
 
-    def as_reference(self):
-        """Context in which this policy is the reference: its adapters are off."""
-        return self.adapter.disable_adapter() if self.adapter else nullcontext()
+    def as_reference(self, policy: "Policy"):
+        """Context in which this is the reference of `policy`: of itself, its adapters are off."""
+        return self.adapter.disable_adapter() if self is policy and self.adapter else nullcontext()
 
     def save(self, folder: str | Path) -> None:
         """Hugging Face layout; with LoRA the weights are the adapters, in peft's."""

@@ -49,8 +49,7 @@ def group_advantages(rewards, group_size: int, eps: float = 1e-4) -> Tensor:
             for rewards 1, 0, 0, 0 the first advantage is 1.50, not the 1.73 of the population std.
     Returns:
         A, [B] float32 (float64 for float64 rewards); exactly 0 in a group whose rewards are all equal.
-    Raises:
-        ValueError: rewards not [B], a group of one, or B not divisible by G.
+        ValueError where rewards are not [B], or do not divide into groups of two or more.
     """
     r = _groups(rewards, group_size)  # [N, G]
     A = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True, unbiased=True) + eps)  # [N, G], step 1
@@ -79,8 +78,7 @@ def contrast_scores(
     Returns:
         delta, [B, T] float32 (float64 for float64), within +-max_abs; 0 where OTHER; NaN where a log-ratio is
         not finite, for step 9 to see.
-    Raises:
-        ValueError: shapes differ, or an unknown contrast.
+        ValueError where shapes differ or the contrast is unknown.
     """
     _same_shape(logp=logp, logp_corrupted=logp_corrupted, logp_blank=logp_blank, roles=roles)
     logp, logp_corrupted, logp_blank = (_float(x.detach()) for x in (logp, logp_corrupted, logp_blank))
@@ -149,9 +147,8 @@ def token_weights(
             `advantages < 0` the weights are sign-aware, as in RLSD (arXiv 2604.03128). By default none.
     Returns:
         w, [B, T] float32 (float64 for float64); 1 at OTHER tokens, and everywhere in a response that lacks
-        perception or reasoning tokens or has a contrast that is not finite (step 9).
-    Raises:
-        ValueError: shapes differ, tau <= 0, or not 0 < w_min <= w_max.
+        perception or reasoning tokens or has a contrast that is not finite (step 9). ValueError where shapes
+        differ, tau <= 0, or not 0 < w_min <= w_max.
     """
     _same_shape(scores=scores, roles=roles)
     if not (tau > 0 and 0 < w_min <= w_max):
@@ -161,9 +158,8 @@ def token_weights(
     relative = delta - shared_baseline(delta, roles, role_balanced=role_balanced)  # [B, T], step 5
     if flip is not None:
         relative = torch.where(flip[:, None], -relative, relative)
-    limits = math.log(w_min), math.log(w_max)
-    w_tilde = torch.exp((relative / tau).clamp(*limits))  # [B, T], step 6, first line
-    w = w_tilde / _mean_over(w_tilde, S) if normalize else w_tilde  # [B, T], step 6, second line
+    w_tilde = torch.exp((relative / tau).clamp(math.log(w_min), math.log(w_max)))  # [B, T], step 6
+    w = w_tilde / _mean_over(w_tilde, S) if normalize else w_tilde  # [B, T], step 6, its second line
     usable = P.any(1) & R.any(1) & (delta.isfinite() | ~S).all(1)  # [B]
     return torch.where(S & usable[:, None], w, torch.ones_like(w))  # [B, T], step 9
 
@@ -176,9 +172,7 @@ def role_aware_advantages(advantages: Tensor, weights: Tensor, lam: float = 1.0)
         weights: w, [B, T].
         lam: in [0, 1]; 0 is GRPO, bit for bit.
     Returns:
-        A_hat, [B, T], without gradient; its sign is everywhere that of A.
-    Raises:
-        ValueError: shapes do not fit, or lam outside [0, 1].
+        A_hat, [B, T], without gradient; its sign is everywhere that of A. ValueError for other shapes or lam.
     """
     if not 0 <= lam <= 1:
         raise ValueError(f"lam must lie in [0, 1], got {lam}")
@@ -213,16 +207,12 @@ def policy_loss(
     unclipped, clipped = rho * A_hat, rho.clamp(1 - clip_low, 1 + clip_high) * A_hat
     objective = torch.minimum(unclipped, clipped)  # [B, T], step 8; 0 at padding, where A_hat is 0
     denominator = mask.sum().clamp(min=1) if denominator is None else denominator
-    stats = {
-        "clip_frac": (clipped < unclipped).sum() / denominator,
-        "ratio": (rho * mask).sum() / denominator,
-    }
-    return -objective.sum() / denominator, {name: value.detach() for name, value in stats.items()}
+    stats = {"clip_frac": (clipped < unclipped).sum(), "ratio": (rho * mask).sum()}
+    return -objective.sum() / denominator, {k: (x / denominator).detach() for k, x in stats.items()}
 
 
 def kl_to_reference(logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
-    """KL[pi || pi_ref] of step 8: token mean of the k3 estimator r - 1 - log r, r = pi_ref / pi (Schulman
-    2020).
+    """KL[pi || pi_ref] of step 8: token mean of k3 = r - 1 - log r, r = pi_ref / pi (Schulman 2020).
 
     Args:
         logp, ref_logp: [B, T], of the policy being trained, with gradient, and of the reference.
@@ -241,9 +231,8 @@ def kl_to_reference(logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
 # open, default, alternatives (of a number, examples).
 CHOICES = {
     "answer_is_reasoning": ("reasoning tokens for deriving answers", "is the answer in R?", False, (True,)),
-    "corruption": (
-        "corrupted visual inputs", "how", "patch", ("noise", "blur", "grey", "shuffle", "pixelate")
-    ),  # fmt: skip
+    "corruption": ("corrupted visual inputs", "how", "patch",
+                   ("noise", "blur", "grey", "shuffle", "pixelate")),
     "p": ("corrupted visual inputs", "how strong", 0.6, (0.3, 1.0)),
     "contrast": ("visual dependency", "what is made of the log-ratio", "log-ratio", ("absolute", "k3")),
     "corrupt_both": ("consistency with the generated perception", "the image of step 3 too?", False, (True,)),
@@ -358,9 +347,7 @@ def token_bytes(token: str) -> bytes:
     """Bytes of a token of a byte-level vocabulary (GPT-2's, Qwen's): each character stands for one byte.
 
     Tokens added to the vocabulary, such as "<|im_end|>", are plain text instead: take `token.encode()`.
-
-    Raises:
-        ValueError: the token has a character that stands for no byte, so its vocabulary is not byte-level.
+    ValueError where a character stands for no byte: then the vocabulary is not byte-level.
     """
     if not set(token) <= _BYTE_OF.keys():
         raise ValueError(f"not a byte-level tokenizer: its token {token!r} has no bytes")
@@ -389,12 +376,8 @@ def _mean_over(x: Tensor, where: Tensor) -> Tensor:
 def _groups(rewards, group_size: int) -> Tensor:
     """[B] -> [N, G], float32 or better."""
     rewards = _float(torch.as_tensor(rewards))
-    if rewards.dim() != 1 or len(rewards) == 0:
-        raise ValueError(f"rewards must be [B] with B > 0, got shape {list(rewards.shape)}")
-    if group_size < 2:
-        raise ValueError(f"group_size must be at least 2 to have something to compare, got {group_size}")
-    if len(rewards) % group_size:
-        raise ValueError(f"{len(rewards)} rewards do not divide into groups of group_size {group_size}")
+    if rewards.dim() != 1 or rewards.numel() == 0 or group_size < 2 or len(rewards) % group_size:
+        raise ValueError(f"rewards {list(rewards.shape)} must be [B], in groups of {group_size} >= 2")
     return rewards.view(-1, group_size)
 
 

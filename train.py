@@ -11,9 +11,9 @@ on the seed and on k alone, so a resumed run is the same run.
 import argparse
 import hashlib
 import inspect
-import json
 import os
-import shutil
+import signal
+import statistics
 import sys
 import time
 from functools import partial
@@ -28,16 +28,17 @@ from tqdm import tqdm
 import data
 import model
 from corrupt import corrupt
-from data import DrawnTask, InputError, OwnTask, averages, demonstrate, first_line, reward_from, verify
+from data import DrawnTask, InputError, OwnTask, Run, averages, demonstrate, first_line, reward_from, verify
 from srpo import CHOICES, Role, contrast_scores, group_advantages, kl_to_reference, policy_loss
 from srpo import role_aware_advantages, token_roles, token_weights, without_perception
 
-DEFAULTS = {  # what an option left out means: for the tiny model, and for any other
+DEFAULTS = {  # what an option left out means: for the tiny model, for any other, and for that with --lora
     "steps": (60, 200), "prompts": (32, 8), "max_new_tokens": (64, 512), "micro_batch": (16384, 4096),
-    "lr": (5e-5, 1e-6), "image_size": (48, 336)}  # fmt: skip
+    "lr": (5e-5, 1e-6, 1e-5), "image_size": (48, 336), "warmup_steps": (250, 0),
+    "warmup_lr": (2e-3, 1e-5, 2e-4), "warmup_noise": (0.2, 0)}  # fmt: skip
 
 
-def train(args: argparse.Namespace, run: "Run") -> None:
+def train(args: argparse.Namespace, run: Run) -> None:
     """B responses of up to T tokens a step, G to a prompt; micro-batches, [b, T], in the update alone."""
     task = OwnTask(args.data, args.seed, args.steps == 0) if args.data else drawn_task(args)
     policy, reference, optimizer, start = prepare(args, run)
@@ -47,7 +48,7 @@ def train(args: argparse.Namespace, run: "Run") -> None:
     parameters, srpo = optimizer.param_groups[0]["params"], args.algo == "srpo"
     if not run.log():
         run.write(evaluate(policy, held_out, judge, args, step=0))
-    steps = range(start + 1, args.steps + 1)
+    steps, idle, credit = range(start + 1, args.steps + 1), 0, None
     for step in (bar := tqdm(steps, args.algo, initial=start, total=args.steps, disable=None)):
         clock = [time.perf_counter()]
 
@@ -83,7 +84,7 @@ def train(args: argparse.Namespace, run: "Run") -> None:
                 logp_blank = score(policy, visible=blank, wanted=R, corrupted=both, reuse=not both)  # [B, T]
                 logp = torch.where(R & both, logp_corrupted, logp)  # [B, T]
             if reference is not None:
-                with reference.as_reference():
+                with reference.as_reference(policy):
                     ref_logp = score(reference)  # [B, T]
         clock.append(time.perf_counter())
 
@@ -128,12 +129,15 @@ def train(args: argparse.Namespace, run: "Run") -> None:
         record["used_groups"] = int(A.view(-1, args.group_size).any(1).sum())
         record |= zip(("sec_generate", "sec_score", "sec_update"), np.diff(clock).tolist(), strict=True)
         run.write(record)
-        bar.set_postfix(reward=f"{record['reward']:.2f}", accuracy=f"{record['accuracy']:.2f}")
+        bar.set_description(f"{args.algo}: accuracy {record['accuracy']:.2f}")
+        idle, credit = 0 if record["used_groups"] else idle + 1, (responses, roles, w)
+        if idle in (5, 50, 500):
+            tqdm.write(no_spread(idle, record, verdicts, rollout, args), file=sys.stderr)
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             run.write(evaluate(policy, held_out, judge, args, step))
         if step == args.steps or (args.save_every and step % args.save_every == 0):
             run.save(step, policy, optimizer)  # last: a checkpoint vouches for all lines up to its step
-    summarize(run)
+    summarize(run, credit)
 
 
 def generator(args, step: int, purpose: int = 0) -> torch.Generator:
@@ -146,7 +150,7 @@ def evaluate(policy, examples, judge, args, step: int, batch: int = 64) -> dict:
     """Record of a response to each example, at the training temperature; the same draws every time."""
     texts, rng = [], generator(args, 0, purpose=1)
     sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "generator": rng}
-    for first in range(0, len(examples), batch):
+    for first in tqdm(range(0, len(examples), batch), "evaluating", leave=False, disable=None):
         rollout = policy.sample(policy.encode(examples[first : first + batch]), 1, **sampling)
         texts += [text for text, _ in policy.decode(rollout)]
     both = list(zip(texts, examples, strict=True))
@@ -155,145 +159,120 @@ def evaluate(policy, examples, judge, args, step: int, batch: int = 64) -> dict:
     return {"step": step, "eval": scores, "samples": shown}
 
 
-def summarize(run: "Run") -> None:
-    """The first evaluation against the last, and three sample responses."""
+def summarize(run: Run, credit=None) -> None:
+    """The first evaluation against the last, an answer before and after, and the credit of one response."""
     first, *_, last = [r for r in run.log() if "eval" in r] * 2
     print(f"\n{last['eval']['n']} held-out examples: step {first['step']}, step {last['step']}")
     for name, value in last["eval"].items():
         if value is not None and name != "n":
             print(f"{name:12}{first['eval'][name]:10.3f}{value:10.3f}")
-    for sample in last["samples"]:
-        print("\n{question}  (answer: {answer})\n{response}".format(**sample))
+    print("\n{question}  (answer: {answer})".format(**first["samples"][0]))
+    for record in (first, last) if last["step"] else (last,):
+        print(f"step {record['step']}: {record['samples'][0]['response']}")
+    if credit:
+        responses, roles, w = credit
+        row = int((w - 1).square().sum(1).argmax())  # the response with the most to see; of GRPO, the first
+        print("\nA response of the last step, and the weight of each token that is not 1, GRPO's:")
+        print(shaded(*responses[row], roles[row].tolist(), w[row].tolist()))
+        print("Where it is above 1: did the image, or the perception, decide this word?")
     print(f"\nmetrics and checkpoint: {run.path}")
+
+
+def shaded(text: str, offsets, roles, w) -> str:
+    """A response with the weights of its tokens: as shades in a terminal that has them, else in brackets."""
+    deep = {Role.PERCEPTION: (70, 130, 230), Role.REASONING: (240, 140, 40)}  # blue, orange
+    shown, end, color = "", 0, sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    color = color and os.environ.get("COLORTERM") in ("truecolor", "24bit")
+    for (start, stop), role, weight in zip(offsets, roles, w, strict=False):
+        piece, end = text[max(start, end) : stop], max(stop, end)
+        if weight != 1 and color:
+            shade = ";".join(str(round(255 + (x - 255) * min(1, weight / 2))) for x in deep[role])
+            piece = f"\x1b[30;48;2;{shade}m{piece}\x1b[0m"
+        elif weight != 1:
+            piece += f"[{weight:.1f}]"
+        shown += piece
+    return shown
+
+
+def no_spread(steps: int, record: dict, verdicts, rollout, args) -> str:
+    """Why nothing is learned when all responses of each group have the same reward, and what to try."""
+    full = (rollout.mask.sum(1) == args.max_new_tokens).tolist()
+    why = ["are wrong; try easier data, a larger --group-size or --warmup-steps 30"]
+    why += ["are right; try harder data", "are cut off; try a larger --max-new-tokens"]
+    why += ["lack the tags; try --warmup-steps 30, which imitates demonstrations first"]
+    kinds = [2 if f else v.accuracy > 0.5 if v.format else 3 for v, f in zip(verdicts, full, strict=True)]
+    said = f"mean reward {record['reward']:.2f}, {record['format']:.0%} well-formed; most responses"
+    return f"rewards did not differ in any group for {steps} steps: {said} {why[statistics.mode(kinds)]}"
 
 
 def drawn_task(args) -> DrawnTask:
     return DrawnTask(args.task, seed=args.seed, size=args.image_size)
 
 
-def prepare(args, run: "Run"):
+def prepare(args, run: Run):
     """Policy, reference policy (or None), optimizer, and the number of steps already done."""
-    dtype, model.Policy.micro_batch = getattr(torch, args.dtype), args.micro_batch
-    load = partial(model.load, device=args.device, dtype=dtype, max_pixels=args.max_pixels)
-    initial = args.model if args.model != "tiny" else warmed_up(args)
-    policy = load(str((checkpoint := run.checkpoint()) or initial))
+    model.Policy.micro_batch = args.micro_batch
+    if args.model == "tiny":
+        torch.set_num_threads(1)  # sharing products so small costs more than it gains
+    options = {k: getattr(args, k) for k in ("device", "max_pixels", "seed")}
+    load = partial(model.load, dtype=getattr(torch, args.dtype), **options)
+    initial = warmed_up(args, run, load)
+    policy = load(str(run.checkpoint() or initial))
+    trained = trainable(policy, args)
+    same = args.lora and not Path(initial, "adapter_config.json").exists()  # but for its adapters
+    reference = None if not args.kl_coef else policy if same else load(str(initial))
+    # fp32 master weights: at lr 1e-6 an update of a bf16 weight would be rounded away.
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    return policy, reference, optimizer, run.restore(optimizer, args.device)
+
+
+def trainable(policy, args) -> list:
+    """The parameters to train: adapters, or all but the vision tower."""
     if args.lora and policy.adapter is None:
         policy.add_lora(args.lora)
     elif not args.lora:
         policy.model.model.visual.requires_grad_(args.train_vision)
-    reference = None if not args.kl_coef else policy if args.lora else load(str(initial))
-    # fp32 master weights: at lr 1e-6 an update of a bf16 weight would be rounded away.
-    trained = [p for p in policy.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    step = 0
-    if checkpoint:
-        try:
-            state = torch.load(checkpoint / "trainer.pt", map_location=args.device, weights_only=True)
-            optimizer.load_state_dict(state["optimizer"])
-            step = state["step"]
-        except Exception as error:
-            raise InputError(f"{checkpoint}: remove it, trainer.pt is broken ({first_line(error)})") from None
-    return policy, reference, optimizer, step
+    return [p for p in policy.model.parameters() if p.requires_grad]
 
 
-def warmed_up(args) -> Path:
-    """Folder of the tiny model after its warm-up, made once, found again by what made it. It is fluent then,
-    consistent, and sees things that are not there: that is what RL is to put right."""
-    made_by = [args.task, args.seed, args.image_size, args.warmup_steps, args.warmup_noise, args.device]
-    made_by += [torch.__version__, transformers.__version__, *map(inspect.getsource, (imitate, data, model))]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "srpo"
-    folder = cache / f"tiny-{hashlib.sha256(repr(made_by).encode()).hexdigest()[:16]}"
+def warmed_up(args, run: Run, load) -> str | Path:
+    """What RL starts from: --model, or its folder after a cold start, which is made once. The tiny model is
+    fluent then, consistent, and sees things that are not there: that is what RL is to put right."""
+    folder = run.path / "warmed-up"
+    if args.model == "tiny" and not args.demonstrations:  # kept for the next run, by all that it depends on
+        options = "task seed image_size device warmup_steps warmup_lr warmup_noise".split()
+        made_by = [torch.__version__, transformers.__version__, *(getattr(args, k) for k in options)]
+        made_by += [inspect.getsource(x) for x in (imitate, data, model, inspect.getmodule(corrupt))]
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "srpo"
+        folder = cache / f"tiny-{hashlib.sha256(repr(made_by).encode()).hexdigest()[:16]}"
+    elif not args.warmup_steps:
+        return args.model
     if not folder.exists():
-        policy = model.build_tiny(args.seed, device=args.device)
-        imitate(policy, drawn_task(args), args)
-        write_folder(folder, policy.save)
+        policy = load(args.model)
+        everything = list(policy.model.parameters())
+        imitate(policy, everything if args.model == "tiny" else trainable(policy, args), args)
+        data.write_folder(folder, policy.save)
     return folder
 
 
-def imitate(policy, task: DrawnTask, args, batch: int = 32, lr: float = 2e-3) -> None:
-    """A cold start: supervised steps on demonstrations of a drawn task, the last fifth with wrong facts."""
-    parameters = list(policy.model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    true_steps = args.warmup_steps * 4 // 5
+def imitate(policy, parameters: list, args) -> None:
+    """A cold start: supervised steps on demonstrations, the last fifth with wrong facts if so asked."""
+    task = OwnTask(args.demonstrations, args.seed) if args.demonstrations else drawn_task(args)
+    optimizer = torch.optim.AdamW(parameters, lr=1.0, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    true_steps, batch = args.warmup_steps * 4 // 5, 24 if args.model == "tiny" else args.prompts
     for step in tqdm(range(args.warmup_steps), desc="warm-up: imitating demonstrations", disable=None):
         rate = min(1, (step + 1) / 20, max(0.1, 1.1 - step / max(1, true_steps)))  # up, then down to a tenth
-        optimizer.param_groups[0]["lr"] = lr * rate
-        rng = np.random.default_rng((args.seed, step, 3))
-        examples = task.draw(batch, (args.seed, step, 4), held_out=False)
-        noise = args.warmup_noise if step >= true_steps else 0.0
+        optimizer.param_groups[0]["lr"] = args.warmup_lr * rate
+        noise, rng = args.warmup_noise * (step >= true_steps), np.random.default_rng((args.seed, step, 3))
+        examples = task.train_batch(10**6 + step, batch)  # not those of RL
         written = policy.as_rollout([demonstrate(example, noise, rng) for example in examples])
-        logp, _ = policy.log_probs(policy.encode(examples), written, temperature=1.0)
-        (-logp.sum() / written.mask.sum()).backward()
+        prompts = policy.encode(examples)
+        for rows in policy.micro_batches(prompts, written, written.mask.any(1)):
+            logp, _ = policy.log_probs(prompts, written[rows], temperature=1.0)
+            (-logp.sum() / written.mask.sum()).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-
-
-class Run:
-    """The folder of a run. Whatever a kill leaves in it is whole, and resuming gives the same numbers."""
-
-    def __init__(self, path: str | Path):
-        self.path, self.metrics = Path(path), Path(path) / "metrics.jsonl"
-
-    def claim(self, options: dict) -> None:
-        """Make the folder with the run's options, at once, so that whatever is there can be resumed."""
-        if any(p.name.removesuffix(".tmp") != "args.json" for p in self.path.glob("*")):
-            raise InputError(f"--out {self.path}: not empty; --resume {self.path} goes on with it")
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.put("args.json", json.dumps(options, indent=1) + "\n")
-
-    def rewind(self) -> None:
-        """Drop the steps after the last checkpoint, which are made again, and what was left half written."""
-        done = int(self.checkpoint().name.split("-")[1]) if self.checkpoint() else -1
-        self.put("metrics.jsonl", "".join(json.dumps(r) + "\n" for r in self.log() if r["step"] <= done))
-
-    def argv(self) -> list[str]:
-        """The options that it was started with, to be checked again."""
-        try:
-            return json.loads((self.path / "args.json").read_text(encoding="utf-8"))["argv"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise InputError(f"--resume {self.path}: not the folder of a run (no args.json there)") from None
-
-    def put(self, name: str, text: str) -> None:
-        """Write a file whole or not at all."""
-        (self.path / f"{name}.tmp").write_text(text, encoding="utf-8")
-        os.replace(self.path / f"{name}.tmp", self.path / name)
-
-    def log(self) -> list[dict]:
-        """Records of the run; a last line cut off by a kill is not one."""
-        lines = self.metrics.read_text(encoding="utf-8").split("\n")[:-1] if self.metrics.exists() else []
-        return [json.loads(line) for line in lines]
-
-    def write(self, record: dict) -> None:
-        with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-
-    def checkpoint(self) -> Path | None:
-        """The last whole one; what a killed process left half written has another name."""
-        found = [p for p in self.path.glob("checkpoint-*") if p.name.split("-")[1].isdigit()]
-        return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
-
-    def save(self, step: int, policy, optimizer) -> None:
-        def fill(folder):
-            policy.save(folder)
-            torch.save({"step": step, "optimizer": optimizer.state_dict()}, folder / "trainer.pt")
-
-        write_folder(self.path / f"checkpoint-{step:06d}", fill)
-        for old in {*self.path.glob("checkpoint-*")} - {self.checkpoint()}:
-            shutil.rmtree(old)
-
-
-def write_folder(folder: Path, fill) -> None:
-    """Make `folder` whole or not at all: `fill` writes beside it, then it is renamed into place."""
-    beside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    try:
-        beside.mkdir(parents=True, exist_ok=True)
-        fill(beside)
-        beside.rename(folder)
-    except Exception as error:  # a full disk, too, which safetensors and torch report in ways of their own
-        shutil.rmtree(beside, ignore_errors=True)
-        if not folder.exists():  # else another process was first
-            raise InputError(f"{folder}: cannot be written ({first_line(error)})") from None
 
 
 class Parser(argparse.ArgumentParser):
@@ -312,61 +291,69 @@ def choice(text: str) -> tuple[str, object]:
         raise argparse.ArgumentTypeError(f"{text}: no such choice") from None
 
 
-def number(kind, low, high=float("inf"), above=False):
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high or (above and value == low):
-            raise argparse.ArgumentTypeError(f"{text}: {'above' if above else 'from'} {low} to {high}")
-        return value
+def number(kind, low, high=float("inf")):
+    def number(text):  # by this name argparse complains
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text}: from {low} to {high}")
+        return kind(text)
 
-    parse.__name__ = kind.__name__
-    return parse
+    return number
 
 
 def build_parser() -> Parser:
     parser = Parser(allow_abbrev=False, description=__doc__.splitlines()[0])
-    count, positive, share = number(int, 1), number(float, 0, above=True), number(float, 0, 1)
+    count, positive, share = number(int, 1, 10**6), number(float, 1e-12), number(float, 0, 1)
 
     def add(name, text, default=None, **options):
         if name in DEFAULTS:
-            text += " (tiny: {:g}, else: {:g})".format(*DEFAULTS[name])
+            tiny, other, *lora = (f"{x:g}" for x in DEFAULTS[name])
+            text += f" (tiny: {tiny}, else: {other}{', with --lora: ' + lora[0] if lora else ''})"
         elif default not in (None, False, []):
             text += f" (else: {default})"
-        parser.add_argument("--" + name.replace("_", "-"), default=default, help=text, **options)
+        group.add_argument("--" + name.replace("_", "-"), default=default, help=text, **options)
 
+    group = parser.add_argument_group("what most people need first")
     add("model", "tiny, a folder, or a hub name such as Qwen/Qwen2-VL-2B-Instruct", "tiny")
     add("data", "JSON lines with image or images, question, answer; by default a drawn task", metavar="FILE")
     add("task", "which drawn task", "count", choices=data.TASKS)
     add("reward", "your own reward, a function (response text, example) -> float", metavar="FILE.py:NAME")
     add("algo", "grpo gives every token of a response the same advantage", "srpo", choices=("srpo", "grpo"))
+    add("steps", "optimizer steps; 0 only evaluates, with --data on all rows", type=number(int, 0))
+    add("lora", "train low-rank adapters only: pip install peft", metavar="RANK", type=count)
+    add("out", "folder of the run, new or empty (else: a new one in out/)", metavar="DIR")
+    add("resume", "go on with the run in DIR, with its own options", metavar="DIR")
+    add("log", "send the metrics there too", choices=("tensorboard", "wandb", "trackio"))
+    group = parser.add_argument_group("method")
     listed = (f"{k} ({', '.join(str(x).lower() for x in (v[2], *v[3]))})" for k, v in CHOICES.items())
     add("choice", "an open choice of the method, once for each: " + ", ".join(listed), [],
         action="append", type=choice, metavar="NAME=VALUE")  # fmt: skip
-    add("steps", "optimizer steps; 0 only evaluates, with --data on all rows", type=number(int, 0))
-    add("prompts", "prompts a step", type=count)
-    add("group_size", "G, responses to each prompt", 8, type=number(int, 2))
-    add("max_new_tokens", "longest response", type=count)
-    add("inner_epochs", "optimizer steps on each batch of responses", 1, type=count)
-    add("micro_batch", "tokens in memory at a time, prompts counted once a group", type=count)
-    add("max_pixels", "area that images are shrunk to (else: the model's)", type=count)
-    add("lr", "learning rate of AdamW", type=positive)
+    add("group_size", "G, responses to each prompt", 8, type=number(int, 2, 10**4))
     add("temperature", "of sampling, and of every log-prob", 1.0, type=number(float, 1e-3))
     add("kl_coef", "beta of step 8; 0 loads no reference", 0.0, type=number(float, 0))
     add("clip_low", "epsilon_low of step 8", 0.2, type=share)
     add("clip_high", "epsilon_high of step 8", 0.2, type=number(float, 0))
-    add("lora", "train low-rank adapters only: pip install peft", metavar="RANK", type=count)
+    group = parser.add_argument_group("training")
+    add("prompts", "prompts a step", type=count)
+    add("max_new_tokens", "longest response", type=count)
+    add("inner_epochs", "optimizer steps on each batch of responses", 1, type=count)
+    add("lr", "learning rate of AdamW", type=positive)
     add("train_vision", "train the vision tower too, which is frozen otherwise", False, action="store_true")
     add("seed", "of everything that is drawn at random", 0, type=number(int, 0, 2**62))
-    add("device", "cpu, cuda, cuda:1 ... (else: cuda if there is one)")
+    group = parser.add_argument_group("memory and machine")
+    add("micro_batch", "tokens in memory at a time, prompts counted once a group", type=count)
+    add("max_pixels", "area that images are shrunk to (else: the model's)", type=number(int, 1))
+    add("device", "cpu, cuda, cuda:1 ...", "cuda" if torch.cuda.is_available() else "cpu")
     add("dtype", "of computing (else: bfloat16 on cuda)", choices=("float32", "bfloat16"))
-    add("out", "folder of the run, new or empty (else: a new one in out/)", metavar="DIR")
-    add("resume", "go on with the run in DIR, with its own options", metavar="DIR")
+    group = parser.add_argument_group("evaluation and checkpoints")
     add("eval_every", "steps between evaluations; 0: only before and after", 20, type=number(int, 0))
-    add("eval_size", "held-out examples", 256, type=count)
+    add("eval_size", "held-out examples", 256, type=number(int, 1, 10**5))
     add("save_every", "steps between checkpoints; 0: only the last", 20, type=number(int, 0))
-    add("image_size", "side of drawn images in pixels", type=number(int, 24))
-    add("warmup_steps", "tiny: steps on demonstrations before RL", 500, type=number(int, 0))
-    add("warmup_noise", "tiny: rate of wrong facts in the last fifth of those", 0.2, type=share)
+    group = parser.add_argument_group("cold start, and drawn tasks")
+    add("warmup_steps", "imitate demonstrations before RL, of the drawn task", type=number(int, 0))
+    add("demonstrations", "or of rows as in --data, each with a response", metavar="FILE")
+    add("warmup_lr", "learning rate of that", type=positive)
+    add("warmup_noise", "rate of wrong facts in the last fifth of it", type=share)
+    add("image_size", "side of drawn images in pixels", type=number(int, 24, 4096))
     return parser
 
 
@@ -378,38 +365,51 @@ def parse_options(argv: list[str]) -> tuple[argparse.Namespace, Run]:
             raise InputError(f"{min(bad)}: not with --resume, which takes the options of {args.resume}")
         args = build_parser().parse_args([*Run(args.resume).argv(), *argv])
     args.choice = {name: v[2] for name, v in CHOICES.items()} | dict(args.choice)
-    which = 0 if model.is_tiny(args.model) else 1
-    vars(args).update({k: v[which] for k, v in DEFAULTS.items() if getattr(args, k) is None})
+    which = 0 if model.is_tiny(args.model) else 2 if args.lora else 1
+    if args.model != "tiny" and args.warmup_steps is None:
+        args.warmup_steps = 100 if args.demonstrations else 0  # a saved tiny model has had its own
+    vars(args).update({k: (v * 2)[which] for k, v in DEFAULTS.items() if getattr(args, k) is None})
     if args.lora and args.train_vision:
         raise InputError("--train-vision: not with --lora, which freezes the vision tower; drop one of them")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     c, x, option = args.choice, torch.zeros(1, 1), "--choice"
     try:  # what is called knows best what it takes
-        limits = {k: c[k] for k in ("tau", "w_min", "w_max")}
-        role_aware_advantages(x, token_weights(x, x, **limits), c["lam"])
+        w = token_weights(x, x, tau=c["tau"], w_min=c["w_min"], w_max=c["w_max"])
+        role_aware_advantages(x, w, c["lam"])
         corrupt(Image.new("RGB", (1, 1)), c["corruption"], p=c["p"])
         option = f"--device {args.device}"
         torch.zeros(1, device=args.device).item()
-    except (ValueError, RuntimeError, AssertionError) as error:
+    except Exception as error:  # a device that is not there fails in ways of its own
         raise InputError(f"{option}: not possible here ({first_line(error)})") from None
     names = (f"{args.algo}-seed{args.seed}{end}" for end in ("", *range(-2, -(10**6), -1)))  # -2, -3, ...
     paths = (Path("out") / f"{Path(args.model).name}-{name}" for name in names)
     run = Run(args.resume or args.out or next(path for path in paths if not path.exists()))
     run.rewind() if args.resume else run.claim({"argv": argv, **vars(args)})
+    if args.log:
+        run.send_to(args.log, vars(args))
     return args, run
 
 
 def main(argv: list[str] | None = None) -> int:
+    def terminated(number, frame):
+        raise KeyboardInterrupt(number)
+
+    signal.signal(signal.SIGTERM, terminated)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    args = run = None
     try:
-        train(*parse_options(sys.argv[1:] if argv is None else argv))
+        args, run = parse_options(sys.argv[1:] if argv is None else argv)
+        train(args, run)
         return 0
+    except KeyboardInterrupt as stop:  # a step or a checkpoint in progress is dropped, what was whole stays
+        print(f"\nstopped; go on with: python train.py --resume {run.path}" if run else "", file=sys.stderr)
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     except (InputError, OSError) as error:
-        said = error
+        said = str(error)  # not the error, which would keep the run, and its lock
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if not (isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)):
+        known = "not enough memory", "can't allocate memory", "out of memory"
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in known):
             raise
         said = "out of memory: lower --micro-batch, --max-new-tokens or --max-pixels, or train with --lora 16"
     print(f"error: {said}", file=sys.stderr)

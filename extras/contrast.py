@@ -32,8 +32,8 @@ import transformers  # noqa: E402
 import credit  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
-from corrupt import CORRUPTIONS  # noqa: E402
-from data import CELLS, COLORS, SHAPES, InputError  # noqa: E402
+from corrupt import CELLS, COLORS, CORRUPTIONS, SHAPES  # noqa: E402
+from data import InputError  # noqa: E402
 from srpo import Role, parse_response, shared_baseline  # noqa: E402
 
 FACT = re.compile(rf"({'|'.join(CELLS)})\s+({'|'.join(COLORS)})\s+({'|'.join(SHAPES)})")
@@ -56,10 +56,7 @@ def labels(text: str, offsets, example) -> dict[str, np.ndarray]:
     for match in FACT.finditer(text, *blocks.perception):
         cell = match[1]
         for group, kind in ((2, "color"), (3, "shape")):
-            if example.query.task == "lookup":
-                asked = kind == "color" and cell in example.query.args
-            else:
-                asked = any(arg in (COLORS if kind == "color" else SHAPES) for arg in example.query.args)
+            asked = any(arg in (COLORS if kind == "color" else SHAPES) for arg in example.query.args)
             mark("seen", match.span(group), 1)
             mark("asked", match.span(group), int(asked))
             mark("true", match.span(group), int(cell in scene and getattr(scene[cell], kind) == match[group]))

@@ -29,6 +29,7 @@ import study  # noqa: E402
 import data  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
+from corrupt import Example, Fact, Query  # noqa: E402
 from srpo import CHOICES, Role, token_weights  # noqa: E402
 
 EVIL = '<script>alert("x")</script>'
@@ -299,9 +300,9 @@ def test_improvement_counts_pairs():
 
 
 def test_labels_follow_the_scene():
-    scene = (data.Fact("a1", "red", "circle"), data.Fact("b2", "blue", "square"))
-    query = data.Query("count", ("red",))
-    example = data.Example((), query.text(), "1", scene, query)
+    scene = (Fact("a1", "red", "circle"), Fact("b2", "blue", "square"))
+    query = Query("count", ("red",))
+    example = Example((), query.text(), "1", scene, query)
     pieces = ["<perception>", " a1", " red", " square", ",", " b2", " blue", " square", "</perception>", "\n"]
     pieces += ["<reasoning>", " a1", " red", " b2", " no", " so", " 1", "</reasoning>", "\n"]
     pieces += ["<answer>", " 1", "</answer>"]
@@ -347,7 +348,7 @@ def test_math_verify_is_asked_when_it_is_wanted(cache, monkeypatch, capsys, tmp_
     pytest.importorskip("math_verify", reason="pip install 'math-verify[antlr4_13_2]'")
     import math_reward
 
-    example, text = data.Example((), "?", r"\sqrt{12}"), data.respond("a", "b", r"$2\sqrt{3}$")
+    example, text = Example((), "?", r"\sqrt{12}"), data.respond("a", "b", r"$2\sqrt{3}$")
     judge = train.reward_from(place)
     assert data.verify(text, example).accuracy == 0 and judge(text, example).accuracy == 1
     assert judge(text, example).reward == 1 and math_reward.reward(text, example) == judge(text, example)

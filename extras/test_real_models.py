@@ -148,6 +148,6 @@ def test_lora_trains_adapters_only_and_the_readmes_lines_merge_them(tmp_path):
     written = adapted.as_rollout([data.demonstrate(e, 0.0, np.random.default_rng(0)) for e in examples])
     score = lambda p: p.log_probs(p.encode(examples), written, temperature=1.0)[0].detach()  # noqa: E731
     assert torch.allclose(score(adapted), score(model.load(str(tmp_path / "whole"))), atol=1e-4)
-    with adapted.as_reference():
+    with adapted.as_reference(adapted):
         assert torch.allclose(score(adapted), score(base), atol=1e-5)
     assert not torch.allclose(score(adapted), score(base), atol=1e-3)
