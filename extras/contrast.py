@@ -8,7 +8,7 @@ the ROC curve (AUC; 0.5 is chance) with which the contrast of step 2 ranks perce
 step 3 reasoning tokens:
 
     seen     words for a color or a shape above the other perception tokens (cells, commas)
-    asked    words of the kind that is asked for (or of the asked cell) above the other words for one
+    asked    words of the kind that is asked for above the other words for one
     true     words that state the scene rightly above those that misstate it
     needed   reasoning tokens that say what was perceived (a match, "no", a count) above cells and "so"
 
@@ -36,7 +36,8 @@ from corrupt import CELLS, COLORS, CORRUPTIONS, SHAPES  # noqa: E402
 from data import InputError  # noqa: E402
 from srpo import Role, parse_response, shared_baseline  # noqa: E402
 
-FACT = re.compile(rf"({'|'.join(CELLS)})\s+({'|'.join(COLORS)})\s+({'|'.join(SHAPES)})")
+COPULA = r"\W+(?:(?:is|has|a|an|the)\W+)*"  # as `parse_facts` reads a sentence
+FACT = re.compile(rf"\b({'|'.join(CELLS)}){COPULA}({'|'.join(COLORS)})\W+({'|'.join(SHAPES)})\b")
 
 
 def labels(text: str, offsets, example) -> dict[str, np.ndarray]:
@@ -125,15 +126,12 @@ def main(argv: list[str] | None = None) -> int:
     add("--warmup-steps", type=number(int, 0), default=train_py("warmup_steps"), **as_there)
     add("--warmup-noise", type=number(float, 0, 1), default=train_py("warmup_noise"), **as_there)
     args = parser.parse_args(argv)
-    args.choice = {name: v[2] for name, v in train.CHOICES.items()} | dict(args.choice)
-    args.device, args.temperature = "cpu", 1.0
-    for name in ("image_size", "max_new_tokens"):
-        setattr(args, name, train.DEFAULTS[name][0])
+    args = credit.defaults(**vars(args))
     transformers.utils.logging.disable_progress_bar()
     try:
         if not model.is_tiny(args.model):
             raise InputError(f"--model {args.model}: not the tiny model; the labels here are of its words")
-        policy = model.load(str(train.warmed_up(args)) if args.model == "tiny" else args.model)
+        policy = credit.warmed_up(args) if args.model == "tiny" else model.load(args.model)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -66,6 +66,21 @@ def finished(folder: Path) -> tuple[argparse.Namespace, model.Policy, int]:
     return args, policy, int(checkpoint.name.split("-")[1])
 
 
+def defaults(**options) -> argparse.Namespace:
+    """All options of train.py with the values that they have for the tiny model, but for `options`."""
+    args = train.build_parser().parse_args(["--device", "cpu"])
+    vars(args).update({name: values[0] for name, values in train.DEFAULTS.items()}, dtype="float32")
+    vars(args).update({k: v for k, v in options.items() if v is not None})
+    args.choice = {name: v[2] for name, v in train.CHOICES.items()} | dict(args.choice)
+    return args
+
+
+def warmed_up(args) -> model.Policy:
+    """The tiny model after its warm-up, which is made once."""
+    load = partial(model.load, device=args.device, seed=args.seed)
+    return load(str(train.warmed_up(args, train.Run("."), load)))
+
+
 def task_of(args):
     return OwnTask(args.data, args.seed, args.steps == 0) if args.data else train.drawn_task(args)
 

@@ -163,7 +163,7 @@ def test_credit_is_that_of_the_loop(cache, tmp_path, monkeypatch, choices):
     argv += [word for choice in choices.split() for word in ("--choice", choice)]
     assert train.main(argv) == 0
     args = Namespace(**json.loads((tmp_path / "run" / "args.json").read_text()))
-    policy, examples = model.load(str(train.warmed_up(args))), credit.task_of(args).train_batch(0, 6)
+    policy, examples = credit.warmed_up(args), credit.task_of(args).train_batch(0, 6)
     prompts = policy.encode(examples, credit.corruption(policy, args, 1))
     found = credit.credit(policy, prompts, examples, args, train.generator(args, 1))
     assert torch.equal(found.A_hat, kept[-1]) and found.A_hat.unique().numel() > 50
