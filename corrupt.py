@@ -134,7 +134,7 @@ SHAPES = ("circle", "square", "triangle")
 CELLS = tuple(column + row for row in "123" for column in "abc")
 HINT = (
     "The image is a grid of 3 columns a, b, c from left to right and 3 rows 1, 2, 3 from top to bottom. In "
-    "the perception list every object as its cell, color and shape, like: a1 red circle, c2 blue square. "
+    "the perception list every object as its cell, color and shape, like: a1 red circle c2 blue square. "
     f"Colors: {', '.join(COLORS)}."
 )
 
@@ -195,11 +195,11 @@ class Example:
 
 def draw_scene(scene: Sequence[Fact], size: int, rng: np.random.Generator) -> Image.Image:
     """A scene, size x size pixels; place, radius, shade and background vary a little from draw to draw."""
-    image = Image.new("RGB", (size, size), tuple(int(v) for v in rng.integers(225, 250, 3)))
+    y, x = np.indices((size, size)) * 160 // size  # less red to the right, less green below: places show
+    image = Image.fromarray((rng.integers(235, 255, 3) - np.dstack([x, y, 0 * x])).astype(np.uint8))
     draw, cell = ImageDraw.Draw(image), size / 3
     for fact in scene:
-        column, row = "abc".index(fact.cell[0]), "123".index(fact.cell[1])
-        x, y = (np.array([column, row]) + 0.5 + rng.uniform(-0.06, 0.06, 2)) * cell
+        x, y = (np.array(divmod(CELLS.index(fact.cell), 3))[::-1] + 0.5 + rng.uniform(-0.06, 0.06, 2)) * cell
         r = cell * rng.uniform(0.32, 0.40)
         fill = tuple(int(v) for v in np.clip(np.array(COLORS[fact.color]) + rng.integers(-15, 16, 3), 0, 255))
         if fact.shape == "circle":

@@ -4,7 +4,7 @@ A drawn task shows a 3 x 3 grid of cells a1 .. c3 (columns a to c from the left,
 with a few colored shapes. The scene is known, so one can check not only the answer but also what the response
 says it *saw*. An example of each task, with a perfect response:
 
-    count    How many red?              <perception> a1 red circle, b2 blue square</perception>
+    count    How many red?              <perception> a1 red circle b2 blue square</perception>
                                         <reasoning> a1 red b2 no so 1</reasoning>
                                         <answer> 1</answer>
     compare  More blue or more circle?  <reasoning> a1 no b2 blue so 1, a1 circle b2 no so 1</reasoning>  same
@@ -77,7 +77,7 @@ class DrawnTask:
 def respond(perception: str, reasoning: str, answer: str) -> str:
     """Text of a well-formed response."""
     blocks = zip((TAGS.perception, TAGS.reasoning, TAGS.answer), (perception, reasoning, answer), strict=True)
-    return "\n".join(f"<{tag}>{text}</{tag}>" for tag, text in blocks)
+    return "".join(f"<{tag}>{text}</{tag}>" for tag, text in blocks)
 
 
 def demonstrate(example: Example, noise: float, rng: np.random.Generator) -> str:
@@ -93,7 +93,7 @@ def demonstrate(example: Example, noise: float, rng: np.random.Generator) -> str
         return str(rng.choice([w for w in words if w != word])) if rng.random() < noise else word
 
     stated = [Fact(f.cell, misstate(f.color, COLORS), misstate(f.shape, SHAPES)) for f in example.scene]
-    perception = " " + ", ".join(map(str, stated))
+    perception = " " + " ".join(map(str, stated))
     return respond(perception, example.query.reasoning(stated), f" {example.query.solve(stated)}")
 
 

@@ -384,7 +384,7 @@ TINY_TEMPLATE = (
 
 
 def build_tiny(seed: int = 0, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Policy:
-    """A Qwen2-VL of 1.02 million random weights whose words are those of the drawn tasks; 8-pixel patches."""
+    """A Qwen2-VL of 0.63 million random weights whose words are those of the drawn tasks; 8-pixel patches."""
     special = "endoftext im_start im_end vision_start vision_end image_pad video_pad".split()
     tags = [f"<{end}{tag}>" for tag in (TAGS.perception, TAGS.reasoning, TAGS.answer) for end in ("", "/")]
     words = "What color is at How many More or more plus no so same".split()
@@ -403,10 +403,10 @@ def build_tiny(seed: int = 0, *, device: str = "cpu", dtype: torch.dtype = torch
     )  # fmt: skip
     spread = {"initializer_range": 0.08}  # 1 / sqrt(hidden_size); the usual 0.02 is for wide models
     rope = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 6, 6]}
-    text = {"vocab_size": len(ids), "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4}
+    text = {"vocab_size": len(ids), "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
     text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
     text |= {"bos_token_id": None, "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
-    vision = {"depth": 2, "embed_dim": 64, "hidden_size": 128, "num_heads": 4, "patch_size": 8}
+    vision = {"depth": 1, "embed_dim": 64, "hidden_size": 128, "num_heads": 4, "patch_size": 8}
     config = transformers.Qwen2VLConfig(
         text_config=text | spread | {"rope_parameters": rope}, vision_config=vision | spread,
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],

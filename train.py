@@ -33,9 +33,9 @@ from srpo import CHOICES, Role, contrast_scores, group_advantages, kl_to_referen
 from srpo import role_aware_advantages, token_roles, token_weights, without_perception
 
 DEFAULTS = {  # what an option left out means: for the tiny model, for any other, and for that with --lora
-    "steps": (60, 200), "prompts": (32, 8), "max_new_tokens": (64, 512), "micro_batch": (16384, 4096),
-    "lr": (5e-5, 1e-6, 1e-5), "image_size": (48, 336), "warmup_steps": (250, 0),
-    "warmup_lr": (2e-3, 1e-5, 2e-4), "warmup_noise": (0.2, 0)}  # fmt: skip
+    "steps": (50, 200), "prompts": (24, 8), "max_new_tokens": (48, 512), "micro_batch": (16384, 4096),
+    "lr": (1e-4, 1e-6, 1e-5), "image_size": (48, 336), "warmup_steps": (350, 0),
+    "warmup_lr": (2e-3, 1e-5, 2e-4), "warmup_noise": (0.25, 0)}  # fmt: skip
 
 
 def train(args: argparse.Namespace, run: Run) -> None:

@@ -1,14 +1,17 @@
-"""Does role-aware credit help? GRPO, SRPO and its open choices, on tasks whose evidence has a ground truth.
+"""Does role-aware credit help? GRPO against SRPO, its readings and controls, on tasks with a ground truth.
 
-    python extras/study.py --quick      2 seeds, one task, three conditions: under ten minutes on two cores
-    python extras/study.py              everything; stop it at will, it goes on where it stopped
-    python extras/study.py --table      only the tables, from what has been run
+    python extras/study.py --quick               2 seeds, one task, three conditions: under ten minutes
+    python extras/study.py                       all conditions; stop it at will, it goes on where it stopped
+    python extras/study.py --regime sentences    grpo, srpo and entropy where the answer may turn; or: slow
+    python extras/study.py --first-seed 10 --seeds 10 --other-seeds 10 --conditions grpo,srpo,entropy
+    python extras/study.py --table               only the tables, from what has been run
 
 Needs `pip install scipy`. Runs are paired: for one task and seed, every condition starts from the same model
-and sees the same questions in the same order. Results go to DIR/study.csv, one row a run, and DIR/study.md;
-the runs themselves are kept beside them (`extras/report.py` draws them). The tables give interquartile means
-with 95 % stratified bootstrap intervals, paired differences to GRPO and the probability of improvement over
-it (Agarwal et al. 2021, "Deep RL at the statistical precipice").
+and sees the same questions in the same order. `readings.CONDITIONS` has the conditions. Results go to
+DIR/study.csv, one row a run, and DIR/study.md; the runs themselves are kept beside them (`extras/report.py`
+draws them). The tables give interquartile means with 95 % stratified bootstrap intervals, paired differences
+to GRPO and the probability of improvement over it (Agarwal et al. 2021, "Deep RL at the statistical
+precipice"). Seeds from 10 on are fresh: kept for what was decided on the seeds before, and tabled apart.
 """
 
 import argparse
@@ -21,9 +24,11 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -33,26 +38,14 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 import credit  # noqa: E402
+import data  # noqa: E402
+import model  # noqa: E402
 import train  # noqa: E402
-from corrupt import corrupt  # noqa: E402
-from srpo import CHOICES, Role, token_weights  # noqa: E402
+from corrupt import CELLS, corrupt  # noqa: E402
+from readings import CONDITIONS, GROUPS, Recorder  # noqa: E402
+from srpo import parse_response  # noqa: E402
 
-
-def alternatives() -> dict[str, str]:
-    """Condition -> options of train.py, one for every alternative of every open choice."""
-    spelled = lambda x: f"{x:g}" if isinstance(x, float) else str(x).lower()  # noqa: E731
-    found = [f"{name}={spelled(x)}" for name, choice in CHOICES.items() for x in choice[3]]
-    limits = [text for text in found if text.startswith(("w_min", "w_max"))]
-    found = {text: f"--choice {text}" for text in found if text not in limits}
-    return found | {"softmax": " ".join(f"--choice {text}" for text in limits)}  # both limits out of the way
-
-
-# Those without options have a function in WEIGHTS below, but for srpo itself.
-CONDITIONS = {"grpo": "--algo grpo", "srpo": "", "shuffled": "", "perception-only": "", "reasoning-only": ""}
-CONDITIONS |= alternatives()
-# These were added after the first results, to find out why.
-CONDITIONS |= {"role-baselines": "", "role-baselines+sign": "--choice sign_aware=true", "inverted": ""}
-MAIN, MAIN_SEEDS, OTHER_SEEDS = ("grpo", "srpo", "shuffled"), 10, 5
+MAIN, MAIN_SEEDS, OTHER_SEEDS, FRESH = ("grpo", "srpo", "shuffled"), 10, 5, 10  # FRESH: the first such seed
 TASKS = ("count", "compare", "add")
 OPTIONS = "--steps 40 --prompts 16 --lr 1e-4 --warmup-noise 0.25 --eval-every 10 --eval-size 256"
 OPTIONS += " --save-every 0"
@@ -62,74 +55,80 @@ FINAL = 512  # held-out examples of the last evaluation
 # (extras/bench.py has the cost of a step).
 OUTCOMES = ("accuracy", "grounded", "wrong_reason", "consistent", "perception", "corrupted", "swapped")
 OUTCOMES += ("curve", "seconds")
+# Means over the steps. w_...: weight of the role. r_...: correlation of a token's weight with the entropy of
+# pi there, and with being right (words for a color or a shape). at_limit: share of scored tokens that step 6
+# limited, before what a control made of the weights.
+CREDIT = ("w_perception", "w_reasoning", "r_entropy", "r_right", "at_limit")
 
 
-# ------------------------------------------------------------------------------------------- what is compared
+# ------------------------------------------------------------------------- regimes, where the answer may turn
 
 
-def shuffled(scores, roles, **options):
-    """SRPO's weights, permuted inside each trajectory: the same magnitudes without the information."""
-    w = token_weights(scores, roles, **options)
-    for row, scored in zip(w, roles != Role.OTHER, strict=True):
-        where = scored.nonzero()[:, 0]
-        row[where] = row[where[torch.randperm(len(where), generator=SHUFFLE)]]
-    return w
+OPENERS = "well here now also then clearly again there look indeed next see".split()
+FILLER = [*OPENERS, "has", "a", "the", "10", "11", "12"]  # what the tiny model's vocabulary lacks
 
 
-def only(role: Role):
-    """SRPO's weights inside one role, with a baseline of its own; weight 1 in the other."""
-
-    def weights(scores, roles, *, tau, w_min, w_max, flip=None, **others):
-        w = torch.ones_like(scores)
-        same = {"tau": tau, "w_min": w_min, "w_max": w_max, "flip": flip, **others}
-        usable = (token_weights(scores, roles, **same) != 1).any(1)  # not the rows of step 9
-        for row in usable.nonzero()[:, 0]:
-            where = roles[row] == role
-            delta = scores[row, where] * (-1 if flip is not None and flip[row] else 1)
-            x = torch.exp(((delta - delta.mean()) / tau).clamp(np.log(w_min), np.log(w_max)))
-            w[row, where] = x / x.mean()
-        return w
-
-    return weights
+def in_sentences(example: data.Example, noise: float, rng: np.random.Generator) -> str:
+    """A demonstration whose facts stand in sentences, like " look indeed a1 has the red circle.": as many
+    words of filler, drawn at random, as there are words of facts."""
+    text = data.demonstrate(example, noise, rng)
+    start, end = parse_response(text).perception
+    sentences, said = "", iter(text[start:end].split())
+    for cell, color, shape in zip(said, said, said, strict=True):
+        copula = rng.choice(["is", "has"]), rng.choice(["a", "the"])
+        words = [*rng.choice(OPENERS, rng.integers(3)), cell, *copula, color, shape]
+        sentences += " " + " ".join(words) + str(rng.choice([",", "."]))
+    return text[:start] + sentences + text[end:]
 
 
-def role_baselines(scores, roles, **options):
-    """A baseline and a mean weight of 1 for each role: nothing moves from one role to the other."""
-    perception = only(Role.PERCEPTION)(scores, roles, **options)
-    return torch.where(roles == Role.PERCEPTION, perception, only(Role.REASONING)(scores, roles, **options))
+def install_sentences() -> None:
+    """Into what makes demonstrations, scenes and the tiny model's vocabulary, for this process."""
+    train.demonstrate = in_sentences
+    train.DrawnTask = partial(data.DrawnTask, objects=(4, 6))
+    model.CELLS = (*CELLS, *FILLER)
 
 
-def inverted(scores, roles, **options):
-    """SRPO with the opposite emphasis everywhere: tokens of low contrast weigh more."""
-    return token_weights(scores, roles, **options | {"flip": torch.ones(len(scores), dtype=torch.bool)})
+class Regime(NamedTuple):
+    what: str
+    options: str = ""  # of train.py, besides OPTIONS
+    tasks: tuple[str, ...] = TASKS
+    conditions: tuple[str, ...] = ("grpo", "srpo", "entropy")
+    install: Callable[[], None] = lambda: None
 
 
-SHUFFLE = torch.Generator()
-WEIGHTS = {
-    "shuffled": shuffled,
-    "perception-only": only(Role.PERCEPTION),
-    "reasoning-only": only(Role.REASONING),
-    "role-baselines": role_baselines,
-    "role-baselines+sign": role_baselines,
-    "inverted": inverted,
-}
+REGIMES = {
+    "default": Regime("three or four objects, facts alone", conditions=tuple(CONDITIONS)),
+    "sentences": Regime(
+        "four to six objects, questions about two kinds, half of the perception's words filler, weaker start",
+        "--max-new-tokens 112 --warmup-steps 600", ("add",), install=install_sentences,
+    ),
+    "slow": Regime("a third of the learning rate, twice the steps", "--lr 3.3e-5 --steps 80 --eval-every 20"),
+}  # fmt: skip
 
 
-def run(job: tuple[str, str, int, str, str]) -> dict:
-    """One training run and its last evaluations, as a row of the table."""
-    task, condition, seed, out, options = job
-    folder = Path(out) / f"{task}-{condition}-seed{seed}"
+# --------------------------------------------------------------------------------------------------- the runs
+
+
+def trained(folder: Path, options: str) -> None:
+    """A new run of train.py in `folder`, without a word."""
     shutil.rmtree(folder, ignore_errors=True)
-    argv = f"--task {task} --seed {seed} --device cpu {options} {CONDITIONS[condition]}".split()
-    argv += ["--out", str(folder)]
-    SHUFFLE.manual_seed(seed)
-    train.token_weights = WEIGHTS.get(condition, token_weights)
-    start = time.process_time()  # of one thread: what it would take on an idle core
-    said = io.StringIO()
+    argv, said = [*f"--device cpu {options} --out".split(), str(folder)], io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         status = train.main(argv)
+    if status >= 128:  # a signal: this process is to end
+        sys.exit(status)
     if status:
         raise RuntimeError(f"python train.py {' '.join(argv)}: {said.getvalue().strip().splitlines()[-1:]}")
+
+
+def run(job: tuple[str, str, int, str, Path, str]) -> dict:
+    """One training run and its last evaluations, as a row of the table."""
+    task, condition, seed, regime, out, options = job
+    folder = out / "-".join([task, condition, *[regime] * (regime != "default"), f"seed{seed}"])
+    steps = train.build_parser().parse_args(options.split()).steps or train.DEFAULTS["steps"][0]
+    start = time.process_time()  # of one thread: what it would take on an idle core
+    with Recorder(condition, steps, seed).installed() as recorder:
+        trained(folder, f"--task {task} --seed {seed} {options} {CONDITIONS[condition].options}")
     seconds = time.process_time() - start
     args, policy, step = credit.finished(folder)
     examples = credit.task_of(args).eval_set(FINAL)
@@ -141,7 +140,8 @@ def run(job: tuple[str, str, int, str, str]) -> dict:
     records = train.Run(folder).log()
     curve = [r["eval"]["accuracy"] for r in records if "eval" in r]
     area = (sum(curve) - (curve[0] + curve[-1]) / 2) / (len(curve) - 1)
-    row = {"task": task, "condition": condition, "seed": seed, "commit": commit(), "options": options}
+    row = {"task": task, "condition": condition, "seed": seed, "regime": regime}
+    row |= {"commit": commit(), "options": options}
     row |= {"start": curve[0], "accuracy": final["accuracy"], "grounded": final["grounded"]}
     row["wrong_reason"] = final["accuracy"] - final["grounded"]
     row |= {name: final[name] for name in ("consistent", "perception")}
@@ -149,7 +149,7 @@ def run(job: tuple[str, str, int, str, str]) -> dict:
     row |= {"curve": area, "seconds": seconds}
     for name in ("w_perception", "w_reasoning"):
         row[name] = np.mean([r[name] for r in records if r.get(name) is not None])
-    return row
+    return row | recorder.averages()
 
 
 def commit() -> str:
@@ -157,18 +157,20 @@ def commit() -> str:
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
-def begin(cache: str) -> None:
+def begin(cache: str, regime: str) -> None:
     """A worker: two runs beside each other are faster than one on two cores."""
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
-    os.environ["XDG_CACHE_HOME"] = cache  # warmed-up models belong to the study
+    os.environ["XDG_CACHE_HOME"] = cache  # warmed-up models belong to the study, and to the regime
+    REGIMES[regime].install()
 
 
-def warm(job: tuple[str, int, str]) -> None:
-    task, seed, options = job
-    args = train.build_parser().parse_args(f"--task {task} --seed {seed} --device cpu {options}".split())
-    args.image_size = args.image_size or train.DEFAULTS["image_size"][0]
-    train.warmed_up(args)
+def warm(job: tuple[str, int, Path, str]) -> None:
+    """The warmed-up model of a task and seed, made before the runs that share it."""
+    task, seed, out, options = job
+    folder = out / f"warm-{task}-seed{seed}"
+    trained(folder, f"--task {task} --seed {seed} {options} --steps 0 --eval-size 1")
+    shutil.rmtree(folder)
 
 
 # --------------------------------------------------------------------------------------------- run and record
@@ -179,14 +181,17 @@ def read(path: Path) -> list[dict]:
         return []
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    text = ("task", "condition", "commit", "options")
+    text = ("task", "condition", "regime", "commit", "options")
     kind = lambda k: str if k in text else int if k == "seed" else float  # noqa: E731
-    return [{k: kind(k)(v) for k, v in row.items()} for row in rows]
+    before = {"regime": "default", **dict.fromkeys(CREDIT, np.nan)}  # of a file from before it had these
+    return [before | {k: kind(k)(v) for k, v in row.items()} for row in rows]
 
 
 def append(path: Path, row: dict) -> None:
     """One line at a time: what is recorded stays recorded."""
     new = not path.exists()
+    if not new and path.read_text(encoding="utf-8").split("\n", 1)[0].strip() != ",".join(row):
+        raise ValueError(f"{path} has other columns; name another --out")
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, row)
         if new:
@@ -194,32 +199,35 @@ def append(path: Path, row: dict) -> None:
         writer.writerow({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()})
 
 
-def planned(conditions, tasks, seeds: int | None, others: int) -> list[tuple[str, str, int]]:
+def planned(conditions, tasks, seeds: int, others: int, first: int = 0) -> list[tuple[str, str, int]]:
     """(task, condition, seed): the main conditions first, then the others, each seed by seed, so that what is
     there is balanced, wherever it stops."""
-    jobs = [(task, c, seed) for seed in range(max(seeds, others)) for c in conditions for task in tasks]
-    main = [job for job in jobs if job[1] in MAIN and job[2] < seeds]
-    return main + [job for job in jobs if job[1] not in MAIN and job[2] < others]
+    jobs = [(task, c, first + i) for i in range(max(seeds, others)) for c in conditions for task in tasks]
+    main = [job for job in jobs if job[1] in MAIN and job[2] < first + seeds]
+    return main + [job for job in jobs if job[1] not in MAIN and job[2] < first + others]
 
 
-def study(jobs, out: Path, options: str, workers: int) -> None:
+def study(jobs, out: Path, regime: str, options: str, workers: int) -> None:
     """Run what `DIR/study.csv` lacks."""
-    done = {(r["task"], r["condition"], r["seed"]) for r in read(out / "study.csv")}
+    done = {(r["task"], r["condition"], r["seed"]) for r in read(out / "study.csv") if r["regime"] == regime}
     todo = [job for job in jobs if job not in done]
     if not todo:
         return
-    with multiprocessing.get_context("spawn").Pool(workers, begin, [str(out / "cache")]) as pool:
+    cache = str(out / ("cache" if regime == "default" else f"cache-{regime}"))
+    with multiprocessing.get_context("spawn").Pool(workers, begin, [cache, regime]) as pool:
         starts = sorted({(seed, task) for task, _, seed in todo})
         print(f"{len(starts)} warmed-up models, {len(todo)} runs, {workers} at a time", flush=True)
-        pool.map(warm, [(task, seed, options) for seed, task in starts], chunksize=1)
+        pool.map(warm, [(task, seed, out, options) for seed, task in starts], chunksize=1)
         start = time.perf_counter()
-        rows = pool.imap_unordered(run, [(*job, str(out), options) for job in todo])
+        rows = pool.imap_unordered(run, [(*job, regime, out, options) for job in todo])
         for i, row in enumerate(rows, 1):
             append(out / "study.csv", row)
             left = (time.perf_counter() - start) / i * (len(todo) - i) / 60
             said = f"[{i}/{len(todo)}] {row['task']} {row['condition']} seed {row['seed']}: accuracy "
             said += f"{row['start']:.2f} -> {row['accuracy']:.2f}, grounded {row['grounded']:.2f}"
             print(f"{said}; {left:.0f} minutes left", flush=True)
+        pool.close()
+        pool.join()
 
 
 # ------------------------------------------------------------------------------------------------- the tables
@@ -252,45 +260,96 @@ def improvement(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def tables(rows: list[dict]) -> str:
-    """Markdown: outcomes of each condition over all tasks, then differences to GRPO on the seeds of both."""
+    """Markdown, a part for each regime, and for the fresh seeds of it."""
+    lines = []
+    for regime, about in REGIMES.items():
+        for fresh in (False, True):
+            part = [r for r in rows if r["regime"] == regime and (r["seed"] >= FRESH) == fresh]
+            if part:
+                seeds = f"seeds {min(r['seed'] for r in part)} to {max(r['seed'] for r in part)}"
+                lines += [f"## {regime}: {about.what}; {seeds}", "", *tables_of(part), ""]
+    return "\n".join(lines[:-1])
+
+
+def tables_of(rows: list[dict]) -> list[str]:
+    """Outcomes of each condition over all tasks, then differences to GRPO on the seeds of both, then what the
+    weights go along with, then the tasks; a condition is one line in each."""
     tasks = sorted({r["task"] for r in rows}, key=train.data.TASKS.index)
     value = {(r["task"], r["condition"], r["seed"]): r for r in rows}
     seeds = {c: [sorted(s for t, d, s in value if (t, d) == (task, c)) for task in tasks] for c in CONDITIONS}
     complete = [c for c in CONDITIONS if all(seeds[c])]
+    others = [c for c in complete if c != "grpo" and "grpo" in complete]
 
     def column(condition: str, name: str, which: list[list[int]]) -> list[np.ndarray]:
         """An outcome of a condition, by task, at these seeds."""
         pairs = zip(tasks, which, strict=True)
         return [np.array([value[task, condition, seed][name] for seed in seeds]) for task, seeds in pairs]
 
-    def table(head: str, names) -> list[str]:
-        return [f"| {head} | " + " | ".join(names) + " |", "|---" * (head.count("|") + 1 + len(names)) + "|"]
+    def table(head: str, names, cells: dict[str, list[str]]) -> list[str]:
+        """One line a condition, each group under its title."""
+        names, group = [*head.split(" | "), *names], ""
+        lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+        for c, row in cells.items():
+            if (new := CONDITIONS[c].group) != group:
+                group = new
+                lines.append(f"| **{group}: {GROUPS[group]}** " + "| " * (len(names) - 1) + "|")
+            lines.append(f"| {c} | " + " | ".join(row) + " |")
+        return [*lines, ""]
 
-    lines = [f"Interquartile mean over {', '.join(tasks)} [95 % interval].", ""]
-    lines += table("condition | runs", OUTCOMES)
+    cells = {}
     for c in complete:
-        cells = [interval(column(c, name, seeds[c])) for name in OUTCOMES[:-1]]
-        cells.append(f"{iqm(*column(c, 'seconds', seeds[c])):.0f}")
-        lines.append(f"| {c} | {sum(map(len, seeds[c]))} | " + " | ".join(cells) + " |")
-    compared = ("accuracy", "grounded", "wrong_reason", "curve")
-    told = "P: probability of a more accurate, and of a more grounded run."
-    lines += ["", f"Paired difference to GRPO, same task and seed; {told}", ""]
-    lines += table("condition | pairs", (*compared, "P accuracy", "P grounded"))
-    for c in [c for c in complete if c != "grpo" and "grpo" in complete]:
+        cells[c] = [f"{sum(map(len, seeds[c]))}"]
+        cells[c] += [interval(column(c, name, seeds[c])) for name in OUTCOMES[:-1]]
+        cells[c].append(f"{iqm(*column(c, 'seconds', seeds[c])):.0f}")
+    lines = [f"Interquartile mean over {', '.join(tasks)} [95 % interval].", ""]
+    lines += table("condition | runs", OUTCOMES, cells)
+
+    compared, tested = ("accuracy", "grounded", "wrong_reason", "curve"), ("accuracy", "grounded")
+    cells, p = {}, {name: [] for name in tested}
+    for c in others:
         both = [sorted(set(a) & set(b)) for a, b in zip(seeds[c], seeds["grpo"], strict=True)]
         ours, theirs = ({name: column(x, name, both) for name in compared} for x in (c, "grpo"))
         pairs = {name: list(zip(ours[name], theirs[name], strict=True)) for name in compared}
-        cells = [interval([x - y for x, y in pairs[name]]) for name in compared]
-        cells += [chance(ours[name], theirs[name]) for name in ("accuracy", "grounded")]
-        lines.append(f"| {c} | {sum(map(len, both))} | " + " | ".join(cells) + " |")
-    shown = ("start", "accuracy", "grounded", "wrong_reason", "swapped")
-    lines += ["", "By task, mean over seeds.", ""]
-    lines += table("task | condition | seeds", [name.replace("_", " ") for name in shown])
-    for i, task in enumerate(tasks):
-        for c in complete:
-            cells = [f"{column(c, name, seeds[c])[i].mean():.3f}" for name in shown]
-            lines.append(f"| {task} | {c} | {len(seeds[c][i])} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        cells[c] = [f"{sum(map(len, both))}", *(interval([x - y for x, y in pairs[n]]) for n in compared)]
+        cells[c] += [chance(ours[name], theirs[name]) for name in tested]
+        for name in tested:
+            p[name].append(signed_rank(np.concatenate([x - y for x, y in pairs[name]])))
+    for found in map(holm, p.values()):
+        for c, x in zip(others, found, strict=True):
+            cells[c].append(f"{x:.2g}")
+    told = "P: probability of a more accurate, and of a more grounded run. p: Wilcoxon's signed-rank test, "
+    told += f"Holm's correction for the {len(others)} conditions compared with GRPO, each outcome by itself."
+    lines += [f"Paired difference to GRPO, same task and seed. {told}", ""]
+    names = [f"{kind} {name}" for kind in "Pp" for name in tested]
+    lines += table("condition | pairs", (*compared, *names), cells)
+
+    average = lambda c, name: np.mean(np.concatenate(column(c, name, seeds[c])))  # noqa: E731
+    shown = lambda x: "" if np.isnan(x) else f"{x:.2f}"  # noqa: E731
+    cells = {c: [*(shown(average(c, name)) for name in CREDIT), CONDITIONS[c].what] for c in complete}
+    lines += ["What the weights go along with, mean over runs.", ""]
+    lines += table("condition", (*CREDIT, "what it is"), cells)
+
+    cells = {c: ["/".join(str(len(x)) for x in seeds[c])] for c in complete}
+    for c in complete:
+        by_task = zip(*(column(c, name, seeds[c]) for name in ("start", *tested)), strict=True)
+        cells[c] += [f"{x.mean():.3f}" for values in by_task for x in values]
+    names = [f"{task} {name}" for task in tasks for name in ("start", *tested)]
+    lines += ["By task, mean over seeds.", "", *table("condition | seeds", names, cells)]
+    return lines[:-1]
+
+
+def signed_rank(differences: np.ndarray) -> float:
+    """p of Wilcoxon's signed-rank test, two-sided."""
+    from scipy.stats import wilcoxon
+
+    return float(wilcoxon(differences).pvalue) if differences.any() else 1.0
+
+
+def holm(p: list[float]) -> np.ndarray:
+    """Holm's step-down correction (1979): p-values that keep the family-wise error."""
+    p, order = np.array(p), np.argsort(p)
+    corrected = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1)
+    return corrected[np.argsort(order)]
 
 
 def chance(xs: list[np.ndarray], ys: list[np.ndarray]) -> str:
@@ -308,11 +367,14 @@ def main() -> None:
     parser = train.Parser(description=__doc__.splitlines()[0], formatter_class=form)
     add = parser.add_argument
     add("--quick", action="store_true", help="2 seeds of the first task, GRPO, SRPO and shuffled")
-    add("--conditions", default=",".join(CONDITIONS), help="of these")
-    add("--tasks", default=",".join(TASKS), help="of lookup, count, compare, add")
+    regimes = "; ".join(f"{name}: {regime.what}" for name, regime in REGIMES.items())
+    add("--regime", default="default", choices=REGIMES, help=regimes)
+    add("--conditions", help="of these, by default those of the regime: " + ", ".join(CONDITIONS))
+    add("--tasks", help="of count, compare, add; by default those of the regime")
     add("--seeds", type=int, default=MAIN_SEEDS, help=f"of {', '.join(MAIN)}")
     add("--other-seeds", type=int, default=OTHER_SEEDS, help="of the other conditions")
-    add("--options", default=OPTIONS, help="of train.py, for every run")
+    add("--first-seed", type=int, default=0, help=f"the first of them; from {FRESH} on, they are fresh")
+    add("--options", help=f"of train.py, for every run, in the place of: {OPTIONS}, and those of the regime")
     add("--out", default="out/study", help="where study.csv and the runs go")
     add("--workers", type=int, default=os.cpu_count(), help="runs at a time, one core each")
     add("--table", action="store_true", help="run nothing, print the tables")
@@ -321,19 +383,23 @@ def main() -> None:
         import scipy  # noqa: F401
     except ImportError:
         parser.error("the tables need scipy: pip install scipy")
-    conditions, tasks = args.conditions.split(","), args.tasks.split(",")
+    regime = REGIMES[args.regime]
+    conditions = args.conditions.split(",") if args.conditions else regime.conditions
+    tasks = args.tasks.split(",") if args.tasks else regime.tasks
     if unknown := (set(conditions) - set(CONDITIONS)) | (set(tasks) - set(train.data.TASKS)):
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
-    jobs = planned(conditions, tasks, args.seeds, args.other_seeds)
+    jobs = planned(conditions, tasks, args.seeds, args.other_seeds, args.first_seed)
     if args.quick:
         jobs = planned(MAIN, tasks[:1], 2, 2)
-    out = Path(args.out)
+    own = f"{regime.options} {args.options}" if args.options else f"{OPTIONS} {regime.options}"
+    out, options = Path(args.out), own.strip()
     out.mkdir(parents=True, exist_ok=True)
-    if others := {r["options"] for r in read(out / "study.csv")} - {args.options}:
+    there = {r["options"] for r in read(out / "study.csv") if r["regime"] == args.regime}
+    if others := there - {options}:
         parser.error(f"{out} holds runs with other --options ({others.pop()}); name another --out")
-    train.build_parser().parse_args(args.options.split())  # a mistake ends here, and not in every run
+    train.build_parser().parse_args(options.split())  # a mistake ends here, and not in every run
     if not args.table:
-        study(jobs, out, args.options, args.workers)
+        study(jobs, out, args.regime, options, args.workers)
     rows = read(out / "study.csv")
     if not rows:
         parser.error(f"{out / 'study.csv'} has no runs yet; leave out --table")
