@@ -95,15 +95,12 @@ class Policy:
         Args:
             corruption: (i, image) -> image, of the example's index and each image as resized for the model.
         """
-        rows, pixels, corrupted, grids = [], [], [], []
-        for i, example in enumerate(examples):
-            images = [self.fit(image) for image in example.images]
-            values, grid = self._patches(images)
-            pixels.append(values.to(self.device))
-            grids.append(grid.to(self.device))
-            if corruption:
-                corrupted.append(self._patches([corruption(i, x) for x in images])[0].to(self.device))
-            rows.append(self._tokenize(example, grid))
+        images = [[self.fit(image) for image in example.images] for example in examples]
+        (pixels, grids), corrupted = self._patches(images), []
+        if corruption:
+            images = [[corruption(i, image) for image in row] for i, row in enumerate(images)]
+            corrupted, _ = self._patches(images)
+        rows = [self._tokenize(example, grid) for example, grid in zip(examples, grids, strict=True)]
         ids = pad_sequence(rows, True, self.pad, "left").to(self.device)  # [N, L]
         mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left").to(self.device)
         kinds = (ids == self.image_token).int()
@@ -112,9 +109,11 @@ class Policy:
         )
         return Prompts(ids, mask, positions, pixels, corrupted, grids)
 
-    def _patches(self, images: list[Image.Image]) -> tuple[Tensor, Tensor]:
-        out = self.image_processor(images=images, do_resize=False, return_tensors="pt")
-        return out["pixel_values"], out["image_grid_thw"]
+    def _patches(self, images: list[list[Image.Image]]) -> tuple[list[Tensor], list[Tensor]]:
+        out = self.image_processor(images=sum(images, []), do_resize=False, return_tensors="pt")
+        grids = out["image_grid_thw"].to(self.device).split([len(row) for row in images])
+        pixels = out["pixel_values"].to(self.device).split([int(grid.prod(1).sum()) for grid in grids])
+        return list(pixels), list(grids)
 
     def _tokenize(self, example: Example, grid: Tensor) -> Tensor:
         parts = example.question, *(self.instruction and (example.hint, self.instruction))
@@ -335,11 +334,11 @@ def _for_rows(read: tuple[Cache, Tensor], rows: Tensor, room: int = 0) -> tuple[
     return cache, read[1][rows]
 
 
-def load(name: str, *, device="cpu", dtype=torch.float32, seed: int = 0, max_pixels=None) -> Policy:
+def load(name: str, *, device="cpu", dtype=torch.float32, seed=0, max_pixels=None, frozen=False) -> Policy:
     """The model tiny, random from `seed`, a folder, or a hub name, as fp32 masters; else InputError.
 
     Args:
-        dtype: of computing; anything but float32 runs under autocast.
+        dtype: of computing; anything but float32 runs under autocast. With `frozen`, of the weights too.
         max_pixels: area that images are shrunk to, below the image processor's own limit.
     """
     if name == "tiny":
@@ -347,14 +346,14 @@ def load(name: str, *, device="cpu", dtype=torch.float32, seed: int = 0, max_pix
     try:
         if (file := Path(name) / "adapter_config.json").exists():
             base = json.loads(file.read_text())["base_model_name_or_path"]
-            policy = load(base, device=device, dtype=dtype, max_pixels=max_pixels)
+            policy = load(base, device=device, dtype=dtype, max_pixels=max_pixels, frozen=True)
             policy.add_lora(1, folder=name)
             return policy
         config = transformers.AutoConfig.from_pretrained(name)
         if config.model_type not in FAMILY:
             raise ValueError(f"a {config.model_type} model, not one of {', '.join(FAMILY)}")
         model, info = transformers.AutoModelForImageTextToText.from_pretrained(
-            name, config=config, dtype=torch.float32, output_loading_info=True
+            name, config=config, dtype=dtype if frozen else torch.float32, output_loading_info=True
         )
         if broken := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):  # else random
             raise ValueError(f"{len(broken)} weights are missing or misshapen, like {broken[0]}")

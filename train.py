@@ -33,8 +33,8 @@ from srpo import CHOICES, Role, contrast_scores, group_advantages, kl_to_referen
 from srpo import role_aware_advantages, token_roles, token_weights, without_perception
 
 DEFAULTS = {  # what an option left out means: for the tiny model, for any other, and for that with --lora
-    "steps": (50, 200), "prompts": (24, 8), "max_new_tokens": (48, 512), "micro_batch": (16384, 4096),
-    "lr": (1e-4, 1e-6, 1e-5), "image_size": (48, 336), "warmup_steps": (350, 0),
+    "steps": (40, 200), "prompts": (24, 8), "max_new_tokens": (48, 512), "micro_batch": (16384, 4096),
+    "lr": (1e-4, 1e-6, 1e-5), "image_size": (48, 336), "warmup_steps": (320, 0),
     "warmup_lr": (2e-3, 1e-5, 2e-4), "warmup_noise": (0.25, 0)}  # fmt: skip
 
 
@@ -163,9 +163,8 @@ def summarize(run: Run, credit=None) -> None:
     """The first evaluation against the last, an answer before and after, and the credit of one response."""
     first, *_, last = [r for r in run.log() if "eval" in r] * 2
     print(f"\n{last['eval']['n']} held-out examples: step {first['step']}, step {last['step']}")
-    for name, value in last["eval"].items():
-        if value is not None and name != "n":
-            print(f"{name:12}{first['eval'][name]:10.3f}{value:10.3f}")
+    rows = ((k, first["eval"][k], x) for k, x in last["eval"].items() if x is not None and k != "n")
+    print(*("{:12}{:10.3f}{:10.3f}".format(*row) for row in rows), sep="\n")
     print("\n{question}  (answer: {answer})".format(**first["samples"][0]))
     for record in (first, last) if last["step"] else (last,):
         print(f"step {record['step']}: {record['samples'][0]['response']}")
@@ -174,7 +173,8 @@ def summarize(run: Run, credit=None) -> None:
         row = int((w - 1).square().sum(1).argmax())  # the response with the most to see; of GRPO, the first
         print("\nA response of the last step, and the weight of each token that is not 1, GRPO's:")
         print(shaded(*responses[row], roles[row].tolist(), w[row].tolist()))
-        print("Where it is above 1: did the image, or the perception, decide this word?")
+        asks = "Where it is above 1: did the image, or the perception, decide this word?"
+        print(asks if (w != 1).any() else "None: every token counts alike.")
     print(f"\nmetrics and checkpoint: {run.path}")
 
 
@@ -215,7 +215,7 @@ def prepare(args, run: Run):
     if args.model == "tiny":
         torch.set_num_threads(1)  # sharing products so small costs more than it gains
     options = {k: getattr(args, k) for k in ("device", "max_pixels", "seed")}
-    load = partial(model.load, dtype=getattr(torch, args.dtype), **options)
+    load = partial(model.load, dtype=getattr(torch, args.dtype), frozen=bool(args.lora), **options)
     initial = warmed_up(args, run, load)
     policy = load(str(run.checkpoint() or initial))
     trained = trainable(policy, args)
@@ -237,7 +237,7 @@ def trainable(policy, args) -> list:
 
 def warmed_up(args, run: Run, load) -> str | Path:
     """What RL starts from: --model, or its folder after a cold start, which is made once. The tiny model is
-    fluent then, consistent, and sees things that are not there: that is what RL is to put right."""
+    fluent then, and sees things that are not there: that is what RL is to put right."""
     folder = run.path / "warmed-up"
     if args.model == "tiny" and not args.demonstrations:  # kept for the next run, by all that it depends on
         options = "task seed image_size device warmup_steps warmup_lr warmup_noise".split()

@@ -3,15 +3,15 @@
     python extras/bench.py                        both shapes on this machine; TRL too where it is installed
     python extras/bench.py --conditions grpo,srpo --against ../before
                                                   beside another version: git worktree add ../before COMMIT
-    python extras/bench.py --shape 2b             Qwen2-VL-2B from its configuration, full and LoRA, beside
-                                                  `generate`; on a CPU two layers of it, short responses
-    python extras/bench.py --shape 2b-group --conditions srpo-lora --dtype bfloat16 --turns 1 --steps 3
-                                                  one group of it, what a micro-batch holds: peak memory
+    python extras/bench.py --shape real           Qwen2-VL-2B from its configuration, full and LoRA, beside
+                                                  `generate`; on a CPU four layers of it, short responses
+    python extras/bench.py --shape group --model qwen3.5-0.8b --conditions srpo-lora,srpo-lora-recompute
+                                                  one group, what a micro-batch holds: peak memory
 
 Every condition runs in a process of its own, in turns, so that a busy machine slows all of them; the table
-has the median over the steps of all turns, after two warm-up steps a turn. Weights are random, so no response
-has the tags and none is right: rewards and roles are drawn instead (40 % of the tokens perception, 40 %
-reasoning). That changes what is learned, not what it costs.
+has the median over the steps of all turns, after two warm-up steps a turn (with two steps, one). Weights are
+random, so no response has the tags and none is right: rewards and roles are drawn instead (40 % of the tokens
+perception, 40 % reasoning). That changes what is learned, not what it costs.
 """
 
 import argparse
@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import model  # noqa: E402
+import recompute  # noqa: E402
 import train  # noqa: E402
 
 WARMUP = 2
@@ -40,25 +41,32 @@ WARMUP = 2
 SHAPES = {
     "short": (96, 1, 8, 64, 4, 256, 4000),  # 36 visual tokens
     "long": (512, 1, 8, 64, 4, 256, 4000),  # 1,024 visual tokens
-    "2b": (630, 8, 8, 256, 28, None, None),  # 506 visual tokens, the configuration of Qwen2-VL-2B
-    "2b-group": (630, 1, 8, 256, 28, None, None),  # one prompt of it
-    "2b-cut": (112, 1, 8, 16, 2, None, None),  # two layers of it: the same code where there is no GPU
 }
+# of --model, at its sizes: image side in patches, prompts, group, new tokens; "cut" has four layers
+REAL = {"real": (45, 8, 8, 256), "group": (45, 1, 8, 256), "cut": (8, 1, 8, 16)}  # 45: 506 visual tokens
 CONDITIONS = ("grpo", "srpo", "trl-grpo")
-CONDITIONS_2B = ("generate", "grpo", "srpo", "grpo-lora", "srpo-lora")
+CONDITIONS_REAL = ("generate", "grpo", "srpo", "grpo-lora", "srpo-lora")
 BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense operations a second, by the data sheets
-QWEN2_VL_2B = {
-    "text_config": {
-        "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
-        "num_attention_heads": 12, "num_key_value_heads": 2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-    },
-    "vision_config": {"depth": 32, "embed_dim": 1280, "num_heads": 16, "hidden_size": 1536, "patch_size": 14},
+ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+ROPE_3_5 = ROPE | {"rope_theta": 1e7, "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25}
+QWEN3_5 = {
+    "vocab_size": 248320, "num_hidden_layers": 24, "num_attention_heads": 8, "num_key_value_heads": 2,
+    "linear_num_value_heads": 16, "rope_parameters": ROPE_3_5,
 }  # fmt: skip
-MAKE = """import sys; from pathlib import Path
-tree, folder, shape, layers = sys.argv[1:]
+MODELS = {  # class, text and vision configuration, as on the hub; the class's own values are left out
+    "qwen2-vl-2b": ("Qwen2VL", {
+        "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+        "num_attention_heads": 12, "num_key_value_heads": 2, "rope_parameters": ROPE,
+    }, {"depth": 32, "embed_dim": 1280, "num_heads": 16, "hidden_size": 1536, "patch_size": 14}),
+    "qwen3.5-0.8b": ("Qwen3_5", QWEN3_5 | {"hidden_size": 1024, "intermediate_size": 3584}, {
+        "depth": 12, "hidden_size": 768, "num_heads": 12, "intermediate_size": 3072, "patch_size": 16}),
+    "qwen3.5-2b": ("Qwen3_5", QWEN3_5 | {"hidden_size": 2048, "intermediate_size": 6144}, {
+        "depth": 24, "hidden_size": 1024, "num_heads": 16, "intermediate_size": 4096, "patch_size": 16}),
+}  # fmt: skip
+MAKE = """import json, sys; from pathlib import Path
+tree, folder, shape, sizes = sys.argv[1:]
 sys.path.insert(0, tree + "/extras"); import bench
-bench.SHAPES[shape] = (*bench.SHAPES[shape][:4], int(layers), *bench.SHAPES[shape][5:])
+bench.SHAPES[shape] = tuple(json.loads(sizes))
 bench.make_folder(Path(folder), shape)"""
 
 
@@ -66,22 +74,24 @@ def make_folder(folder: Path, shape: str) -> None:
     """Random weights in the layout of the hub; the words are the tiny model's and made-up ones."""
     _, _, _, _, layers, width, words = SHAPES[shape]
     policy = model.build_tiny()
-    sizes = QWEN2_VL_2B
-    sizes["text_config"]["num_hidden_layers"] = layers
-    sizes["vision_config"]["depth"] = 4 if shape == "2b-cut" else 32
     if words:
         policy.tokenizer.add_tokens([f"w{i}" for i in range(words - len(policy.tokenizer))])
         text = {"vocab_size": words, "hidden_size": width, "intermediate_size": 3 * width}
-        rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12]}
-        heads = {"num_attention_heads": width // 64, "num_key_value_heads": 2, "rope_parameters": rope}
+        text |= {"num_attention_heads": width // 64, "num_key_value_heads": 2}
+        text |= {"rope_parameters": ROPE | {"rope_theta": 1e4, "mrope_section": [8, 12, 12]}}
         eyes = {"depth": 2, "embed_dim": 64, "hidden_size": width, "num_heads": 4, "patch_size": 8}
-        sizes = {"text_config": text | heads | {"num_hidden_layers": layers}, "vision_config": eyes}
+    kind, text, eyes = ("Qwen2VL", text, eyes) if words else MODELS[width]
+    eyes |= {"out_hidden_size": text["hidden_size"]} if kind == "Qwen3_5" else {}
+    eyes |= {"depth": 4} if shape == "cut" else {}
     special = {k: v for k, v in policy.model.config.to_dict().items() if k.endswith("_token_id")}
-    sizes["text_config"] |= {"bos_token_id": None, "eos_token_id": policy.eos[0], "pad_token_id": policy.pad}
-    config = transformers.Qwen2VLConfig(**sizes, **special, tie_word_embeddings=True, instruction="")
+    text |= {"bos_token_id": None, "eos_token_id": policy.eos[0], "pad_token_id": policy.pad}
+    text |= {"num_hidden_layers": layers} | (tied := {"tie_word_embeddings": True})
+    config = getattr(transformers, f"{kind}Config")
+    config = config(text_config=text, vision_config=eyes, **special, **tied, instruction="")
     torch.manual_seed(0)
-    policy.model = transformers.Qwen2VLForConditionalGeneration(config)
-    policy.image_processor.patch_size = config.vision_config.patch_size
+    policy.model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+    policy.model.to(torch.float32 if words else torch.bfloat16)  # as on the hub
+    policy.image_processor.patch_size = eyes["patch_size"]
     policy.image_processor.size = {"shortest_edge": 256, "longest_edge": 2**20}
     policy.save(folder)
 
@@ -104,17 +114,17 @@ def run_ours(args, condition: str, shape: str, folder: str) -> dict:
     train.token_roles = draw_roles
     train.verify = lambda text, example: data.Verdict(float(rng.random()), 0.0, 0.0)
     train.summarize = train.Run.save = lambda *_: None
+    train.evaluate = lambda *_, **__: {"step": 0, "eval": {}}
     options = {
         "--model": folder, "--task": "count", "--image-size": side, "--prompts": prompts,
         "--group-size": group, "--max-new-tokens": new_tokens, "--steps": args.steps, "--eval-size": 1,
         "--eval-every": 0, "--save-every": 0, "--algo": condition.split("-")[0], "--device": args.device,
-        "--micro-batch": 4096 if shape == "2b" else 10**6,
+        "--micro-batch": args.micro_batch or (4096 if shape in REAL else 10**6),
     }  # fmt: skip
     argv = [str(x) for pair in options.items() for x in pair]
-    argv += ["--lora", "16"] if "lora" in condition else []
-    argv += ["--dtype", args.dtype] if args.dtype else []
+    argv += ["--lora", "16"] * ("lora" in condition) + (["--dtype", args.dtype] if args.dtype else [])
     with tempfile.TemporaryDirectory() as out:
-        if train.main([*argv, "--out", out]) != 0:
+        if (recompute if "recompute" in condition else train).main([*argv, "--out", out]) != 0:
             sys.exit(2)
         records = [r for r in train.Run(out).log() if "eval" not in r][WARMUP:]
     phases = [[r["sec_generate"], r["sec_score"], r["sec_update"]] for r in records]
@@ -244,21 +254,16 @@ def peak_memory(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
 
 
-def profile(args, shape: str, folder: str) -> None:
-    with torch.profiler.profile() as found:  # of all that is there to be measured
-        run_ours(args, "srpo", shape, folder)
-    key = f"self_{'cuda' if args.device.startswith('cuda') else 'cpu'}_time_total"
-    print(found.key_averages().table(sort_by=key, row_limit=15, max_name_column_width=45))
-
-
 # ------------------------------------------------------------------------------------ all of them, and tables
 
 
 def measure(args, shape: str, folders: dict[str, str]) -> dict[str, dict]:
     """Phases of every condition, under "old CONDITION" those of the other version; `folders` of its model."""
     results = {}
-    common = ["--steps", str(args.steps), "--device", args.device, "--layers", str(args.layers)]
-    common += ["--dtype", args.dtype] if args.dtype else []
+    common = ["--steps", str(args.steps), "--device", args.device]
+    for option in ("layers", "dtype", "model", "micro_batch"):  # unasked for, another version may lack it
+        if getattr(args, option):
+            common += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
     for turn in range(args.turns):
         for condition in args.conditions.split(","):
             ours = condition.startswith(("grpo", "srpo"))
@@ -277,6 +282,8 @@ def measure(args, shape: str, folders: dict[str, str]) -> dict[str, dict]:
 def call(name: str, command: list[str]) -> str:
     """Output of Python with the arguments `command`."""
     environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
+    if "group" in command:  # glibc would keep what is freed, and the peak be more than what is in use
+        environment |= {"MALLOC_MMAP_THRESHOLD_": "1000000"}
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(f"{name} failed: {done.stderr.strip().splitlines()[-1:]}")
@@ -287,16 +294,16 @@ def table(shape: str, results: dict[str, dict], device: str) -> None:
     side, prompts, group, new_tokens, *_ = SHAPES[shape]
     sizes = f"{side}x{side} image, {prompts} prompt(s) x {group} responses x {new_tokens} tokens"
     print(f"\n{shape}: {sizes}; median seconds a step")
-    names = ("generate", "score", "update", "step", "vs grpo", "tokens/s", "peak GiB", "steps", "of peak")
-    print(f"{'':12}" + "".join(f"{n:>10}" for n in names))
+    names = "generate,score,update,step,vs grpo,tokens/s,peak GiB,steps,of peak".split(",")
+    print(" " * 20 + "".join(f"{n:>10}" for n in names))
     step = {name: statistics.median(map(sum, r["phases"])) for name, r in results.items()}
     for name, r in results.items():
         phases = [statistics.median(p) for p in zip(*r["phases"], strict=True)]
         figures = [*phases, step[name], step[name] / step.get("grpo", step[name])]
         speed = statistics.median(n / p[0] for n, p in zip(r["tokens"], r["phases"], strict=True))
-        shown = [f"{x:10.3f}" for x in figures]
-        shown += [f"{speed:10.0f}{r['peak']:10.2f}{len(r['phases']):10d} "]
-        print(f"{name:12}{''.join(shown)}{share_of_peak(name, shape, device, phases[2])}")
+        shown = "".join(f"{x:10.3f}" for x in figures)
+        shown += f"{speed:10.0f}{r['peak']:10.2f}{len(r['phases']):10d} "
+        print(f"{name:20}{shown}{share_of_peak(name, shape, device, phases[2])}")
     for a, b in (("srpo", "trl-grpo"), ("grpo", "trl-grpo"), ("srpo", "grpo")):
         if a in step and b in step:
             least = f" (floor {floor(shape, results):.2f})" if (a, b) == ("srpo", "grpo") else ""
@@ -318,16 +325,11 @@ def by_group(shape: str, results: dict[str, dict]) -> None:
 
 
 def floor(shape: str, results: dict[str, dict]) -> float:
-    """SRPO / GRPO if both counterfactual passes cost what their tokens cost in the update, a third of it.
-
-    The update reads each prompt once and every response token, forward and backward: three forward units a
-    token. The corrupted pass reads the prompts again and the responses up to the last perception token; the
-    blank pass reuses the prompts as read for sampling, and reads the responses up to the last reasoning token
-    without the perception.
-    """
-    side, prompts, group, T, *_ = SHAPES[shape]
-    square = (14 if shape.startswith("2b") else 8) * 2
-    L = prompts * ((side // square) ** 2 + 10)
+    """SRPO / GRPO if both counterfactual passes cost what their tokens cost forward in the update, a third:
+    prompts and responses to the last of perception; responses to the last of reasoning without perception."""
+    side, prompts, group, T, _, width, words = SHAPES[shape]
+    square = (8 if words else MODELS[width][2]["patch_size"]) * 2
+    L = prompts * ((side / square) ** 2 + 10)
     roles = draw_roles("", [None] * T)
     last = [int((roles == role).nonzero().max()) + 1 for role in (1, 2)]
     extra = L + prompts * group * (last[0] + last[1] - int((roles == 1).sum()))
@@ -341,15 +343,13 @@ def share_of_peak(condition: str, shape: str, device: str, seconds: float) -> st
     6 operations a weight and token (4 with LoRA: no gradient of frozen weights), each prompt read once."""
     card = "" if device == "cpu" else torch.cuda.get_device_name(device)
     peak = [p for name, p in BF16_PEAK.items() if name in card]
-    if not peak or not shape.startswith("2b") or not seconds:
+    side, prompts, group, T, layers, width, _ = SHAPES[shape]
+    if not peak or width != "qwen2-vl-2b" or not seconds:
         return ""
-    side, prompts, group, T, layers, *_ = SHAPES[shape]
-    text = QWEN2_VL_2B["text_config"]
-    H, I = text["hidden_size"], text["intermediate_size"]  # noqa: E741
-    heads = text["num_key_value_heads"] / text["num_attention_heads"]
-    prompt = prompts * ((side // 28) ** 2 + 10)
-    operations = layers * (H * H * (2 + 2 * heads) + 3 * H * I) * (prompt + prompts * group * T)
-    operations += H * text["vocab_size"] * prompts * group * T  # the head sees response positions only
+    responses = prompts * group * T  # all that the head sees
+    weights = 1536 * 1536 * (2 + 2 * 2 / 12) + 3 * 1536 * 8960
+    tokens = prompts * ((side / 28) ** 2 + 10) + responses
+    operations = layers * weights * tokens + 1536 * 151936 * responses
     return f"{operations * (4 if 'lora' in condition else 6) / seconds / peak[0]:9.0%}"
 
 
@@ -358,31 +358,35 @@ def options() -> argparse.Namespace:
     form = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=form)
     add = parser.add_argument
-    add("--shape", default="short,long", help=f"of {', '.join(SHAPES)}")
-    add("--conditions", help=f"default: {','.join(CONDITIONS)}; for 2b: {','.join(CONDITIONS_2B)}")
+    add("--shape", default="short,long", help=f"of {', '.join([*SHAPES, *REAL])}")
+    add("--model", choices=MODELS, help=f"of {', '.join(REAL)}; else qwen2-vl-2b")
+    add("--micro-batch", type=train.number(int, 1), help="as in train.py; else all, of a --model 4096")
+    add("--conditions", help=f"default: {','.join(CONDITIONS)}; of a --model: {','.join(CONDITIONS_REAL)}")
     add("--turns", type=int, default=3, help="how often each condition runs")
     add("--steps", type=int, default=7, help=f"steps a turn, of which {WARMUP} warm up")
     add("--against", type=Path, metavar="DIR", help="run ours from this other version, too, and compare")
     add("--groups", metavar="G,G,...", help="only this: our SRPO step with these group sizes, in turns")
-    add("--profile", action="store_true", help="only this: where the time of an SRPO step goes")
-    add("--layers", type=train.number(int, 1), default=28, help="of the language model of the 2b shapes")
+    add("--layers", type=train.number(int, 1), help="of the language model of --model; else all")
     add("--dtype", choices=("float32", "bfloat16"), help="of computing; by default as train.py")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of all that runs")
     add("--one", nargs=3, metavar=("CONDITION", "SHAPE", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.steps <= WARMUP:
-        parser.error(f"--steps must be above {WARMUP}, which warm up")
-    if args.against and (args.groups or args.profile):
-        parser.error("--against: not with --groups or --profile")
-    if args.against and not (args.against / "extras/bench.py").exists():
-        parser.error(f"--against {args.against}: no extras/bench.py there")
+    if args.steps < 2:
+        parser.error("--steps must be above 1: the first warms up")
+    if args.against and (args.groups or not (args.against / "extras/bench.py").exists()):
+        parser.error(f"--against {args.against}: no extras/bench.py there, or --groups, too")
     return args
 
 
 def main() -> None:
+    global WARMUP
     args = options()
-    for shape in ("2b", "2b-group"):
-        SHAPES[shape] = (*SHAPES[shape][:4], args.layers, None, None)
+    WARMUP = min(WARMUP, args.steps - 1)
+    _, text, eyes = MODELS[name := args.model or "qwen2-vl-2b"]
+    for shape, (side, *sizes) in REAL.items():
+        layers = 4 if shape == "cut" else args.layers or text["num_hidden_layers"]
+        SHAPES[shape] = (side * eyes["patch_size"], *sizes, layers, name, None)
+    model.smart_resize = lambda h, w, side, *_: (h // side * side, -(-w // side) * side)  # 22 x 23 tokens
     if args.one:
         run = {"trl-grpo": run_trl, "generate": run_generate}.get(args.one[0], run_ours)
         print("RESULT " + json.dumps(run(args, *args.one)), flush=True)
@@ -393,10 +397,10 @@ def main() -> None:
         trl = None
     asked = args.conditions
     for shape in args.shape.split(","):
-        if shape == "2b" and args.device == "cpu":
-            shape = "2b-cut"
-            print("no GPU: two layers of Qwen2-VL-2B and 16 tokens a response")
-        chosen = asked or ",".join(CONDITIONS_2B if shape.startswith("2b") else CONDITIONS)
+        if shape == "real" and args.device == "cpu":
+            print(f"no GPU: four layers of {name} and 16 tokens a response")
+            shape = "cut"
+        chosen = asked or ",".join(CONDITIONS_REAL if shape in REAL else CONDITIONS)
         args.conditions = ",".join(c for c in chosen.split(",") if trl or not c.startswith("trl"))
         if args.conditions != chosen:
             print("trl-grpo is left out: pip install trl==1.16.0")
@@ -404,10 +408,8 @@ def main() -> None:
             trees = map(str, [ROOT] + [args.against] * bool(args.against))
             folders = {tree: f"{temporary}/{i}" for i, tree in enumerate(trees)}
             for tree, folder in folders.items():  # each version saves a model of its own
-                call("the model", ["-c", MAKE, tree, folder, shape, str(SHAPES[shape][4])])
-            if args.profile:
-                profile(args, shape, folders[str(ROOT)])
-            elif args.groups:
+                call("the model", ["-c", MAKE, tree, folder, shape, json.dumps(SHAPES[shape])])
+            if args.groups:
                 args.conditions = ",".join(f"srpo-G{g}" for g in args.groups.split(","))
                 by_group(shape, measure(args, shape, folders))
             else:

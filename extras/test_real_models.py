@@ -15,15 +15,16 @@ from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent)]
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import data  # noqa: E402
 import model  # noqa: E402
+import recompute  # noqa: E402
 import train  # noqa: E402
 from corrupt import corrupt  # noqa: E402
 from srpo import contrast_scores  # noqa: E402
 from test_srpo import MORE, QUICK, SMALL, O, P, R, code, plain, roles_and_visible  # noqa: E402
-from test_srpo import run, same_scores, same_weights, section  # noqa: E402
+from test_srpo import numbers, run, same_scores, same_weights, section  # noqa: E402
 from test_srpo import cache  # noqa: E402, F401  a fixture
 
 EYES = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64}
@@ -129,6 +130,31 @@ def test_the_whole_family_runs_through_the_same_code(name, tmp_path):
     assert same_weights(its, model.load(str(tmp_path / "saved")))
     after = its.model.state_dict()
     assert sum(not torch.equal(after[k], before[k]) for k in before) > len(before) / 2
+
+
+@pytest.mark.parametrize("name", ("Qwen2VLConfig", "Qwen3_5Config"))
+def test_layers_computed_again_give_the_same_gradient(name, tmp_path):
+    its, runs, gradients = model.load(hub_folder(tmp_path, name), max_pixels=100 * 100), [], []
+    prompts = its.encode(data.DrawnTask("count").train_batch(0, 2))
+    sampling = {"max_new_tokens": 70, "temperature": 1.0, "generator": torch.Generator().manual_seed(0)}
+    rollout = its.sample(prompts, 4, **sampling)
+    layers = its.model.model.language_model.layers
+    layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+    for _ in range(2):
+        its.log_probs(prompts, rollout, temperature=1.0)[0][:, 1:].sum().backward()
+        gradients.append({k: x.grad.clone() for k, x in its.model.named_parameters() if x.grad is not None})
+        its.model.zero_grad()
+        recompute.recompute(its)
+    assert len(runs) == 2 + 4 and gradients[0].keys() == gradients[1].keys()  # prompts, responses
+    assert all(torch.equal(x, gradients[1][k]) for k, x in gradients[0].items())
+
+
+def test_training_with_less_memory_is_the_same_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "trainable", train.trainable)  # put back afterwards
+    argv = [*QUICK, *SMALL, "--steps", "2", "--warmup-steps", "0"]
+    run(tmp_path / "plain", *argv)
+    assert recompute.main([*argv, "--out", str(tmp_path / "again")]) == 0
+    assert numbers(tmp_path / "plain") == numbers(tmp_path / "again")
 
 
 def test_lora_trains_adapters_only_and_the_readmes_lines_merge_them(tmp_path):
