@@ -805,8 +805,8 @@ def test_verdicts_are_separate():
     malformed = data.verify("hm <answer>1</answer>", example)
     assert (malformed.accuracy, malformed.format, malformed.grounded) == (1, 0, 0)
     cases = (*" s1", "", 1, 5), (*"xy ", "", 0, 5), (*"xy2", "", 0, 6), (*"xy1", "<answer>2</answer>", 0, 4)
-    for *blocks, after, hit, tags in cases:  # of six, all for the whole form alone
-        assert data.verify(data.respond(*blocks) + after, example).reward == pytest.approx(0.9 * hit + tags / 60)
+    for *blocks, after, hit, n in cases:  # n tags in place, 6 for the whole form alone
+        assert data.verify(data.respond(*blocks) + after, example).reward == pytest.approx(0.9 * hit + n / 60)
 
 ANSWERS = """3=3.0 1,000=1000 1/2=0.5 -7!7 \u22127=-7 7.=7 12!1 (B)=b B.=B A_dog!a Same=same .5=0.5 ! .! 1/0!1
 _two__words_=Two_words 1e999999999!1 nan=NaN 3_apples!3 -5_cm!5_cm .5_m!5_m <5!>5 <=< C++!C (-2,_3)!(2,_3)
