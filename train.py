@@ -397,13 +397,13 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, terminated)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    args = run = None
+    run = None
     try:
         args, run = parse_options(sys.argv[1:] if argv is None else argv)
-        train(args, run)
-        return 0
+        return train(args, run) or 0
     except KeyboardInterrupt as stop:  # a step or a checkpoint in progress is dropped, what was whole stays
-        print(f"\nstopped; go on with: python train.py --resume {run.path}" if run else "", file=sys.stderr)
+        went = f"go on with: python train.py --resume {run.path}" if run else "nothing was begun"
+        print(f"\nstopped; {went}", file=sys.stderr)
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     except (InputError, OSError) as error:
         said = str(error)  # not the error, which would keep the run, and its lock
