@@ -10,8 +10,8 @@ says it *saw*. An example of each task, with a perfect response:
     compare  More blue or more circle?  <reasoning> a1 no b2 blue so 1, a1 circle b2 no so 1</reasoning>  same
     add      How many blue plus circle? <reasoning> a1 no b2 blue so 1, a1 circle b2 no so 1</reasoning>  2
 
-The reward, 0.9 accuracy + 0.1 share of the tags, never looks at the perception: SRPO changes the credit, not
-the reward.
+The reward, 0.9 accuracy + 0.1 share of the tags in place, never looks at what the perception says: SRPO
+changes the credit, not the reward.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock, Timeout  # comes with torch
 from tqdm import tqdm
 
 from corrupt import COLORS, SHAPES, Example, Fact, draw_example, open_image, parse_facts
@@ -249,7 +249,7 @@ class OwnTask:
         order = {epoch: np.random.default_rng((self.seed, epoch)).permutation(size) for epoch in epochs}
         return [self._load(self._train[order[p // size][p % size]])[0] for p in positions]
 
-    def eval_set(self, n: int) -> list[Example]:
+    def eval_set(self, n: int | None) -> list[Example]:
         return [self._load(row)[0] for row in self._eval[:n]]
 
     def _rows(self) -> list[tuple]:

@@ -400,7 +400,7 @@ def build_tiny(seed: int = 0, *, device: str = "cpu", dtype: torch.dtype = torch
         tokenizer_object=tokenizer, chat_template=TINY_TEMPLATE, clean_up_tokenization_spaces=False,
         eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token="<unk>",
     )  # fmt: skip
-    spread = {"initializer_range": 0.08}  # 1 / sqrt(hidden_size); the usual 0.02 is for wide models
+    spread = {"initializer_range": 0.08}  # about 1 / sqrt(hidden_size); the usual 0.02 is for wide models
     rope = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 6, 6]}
     text = {"vocab_size": len(ids), "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
     text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}

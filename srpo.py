@@ -12,7 +12,7 @@ tokens count more where they depend on the image, reasoning tokens where they fo
     step 5     b       shared_baseline          one number a response, common to both roles
     step 6, 9  w       token_weights            positive, mean 1 over a response's scored tokens
     step 7     A_hat   role_aware_advantages    one advantage a token
-    step 8     rho     policy_loss              GRPO's clipped surrogate, with A_hat in the place of A
+    step 8     loss    policy_loss              GRPO's clipped surrogate, with A_hat in the place of A
 
 A reconstruction from the paper's abstract: the numbers of the steps are this project's, and the README lists
 what the abstract leaves open. To copy the file, take it whole: it needs torch alone. [B, T] is responses x

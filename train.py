@@ -1,6 +1,6 @@
 """Train a vision-language model with SRPO, or with GRPO on the same loop, seeds and data (--algo grpo).
 
-    python train.py                                        the built-in tiny model, minutes on two CPU cores
+    python train.py                                        the built-in tiny model, a minute on a CPU core
     python train.py --model Qwen/Qwen2-VL-2B-Instruct --data my.jsonl --out out/my-run
     python train.py --resume out/my-run                    after a crash, where it stopped
 
@@ -39,11 +39,11 @@ DEFAULTS = {  # what an option left out means: for the tiny model, for any other
 
 
 def train(args: argparse.Namespace, run: Run) -> None:
-    """B responses of up to T tokens a step, G to a prompt; micro-batches, [b, T], in the update alone."""
+    """B responses of up to T tokens a step, G to a prompt; [b, T] is a micro-batch of the update."""
     task = OwnTask(args.data, args.seed, args.steps == 0) if args.data else drawn_task(args)
     policy, reference, optimizer, start = prepare(args, run)
-    held_out, c = task.eval_set(args.eval_size), argparse.Namespace(**args.choice)
-    judge = reward_from(args.reward) if args.reward else verify
+    held_out = task.eval_set(None if args.data and args.steps == 0 else args.eval_size)
+    judge, c = reward_from(args.reward) if args.reward else verify, argparse.Namespace(**args.choice)
     sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
     parameters, srpo = optimizer.param_groups[0]["params"], args.algo == "srpo"
     if not run.log():
@@ -92,8 +92,8 @@ def train(args: argparse.Namespace, run: Run) -> None:
         options = {k: args.choice[k] for k in ("tau", "w_min", "w_max", "normalize", "role_balanced")}
         options |= {"flip": A < 0 if c.sign_aware else None}
         logps = logp, logp_corrupted, logp_blank
-        delta = contrast_scores(*logps, roles, contrast=c.contrast)  # [B, T], steps 2 to 4
-        w = token_weights(delta, roles, **options)  # [B, T], steps 5, 6 and 9
+        delta = contrast_scores(*logps, roles, contrast=c.contrast)  # [B, T], step 2, step 3, step 4
+        w = token_weights(delta, roles, **options)  # [B, T], step 5, step 6, step 9
         A_hat = role_aware_advantages(A, w, c.lam)  # [B, T], step 7
 
         # 5. Update: an optimizer step an inner epoch. Micro-batches add up to the whole batch's gradient.
@@ -349,8 +349,8 @@ def build_parser() -> Parser:
     add("eval_size", "held-out examples", 256, type=number(int, 1, 10**5))
     add("save_every", "steps between checkpoints; 0: only the last", 20, type=number(int, 0))
     group = parser.add_argument_group("cold start, and drawn tasks")
-    add("warmup_steps", "imitate demonstrations before RL, of the drawn task", type=number(int, 0))
-    add("demonstrations", "or of rows as in --data, each with a response", metavar="FILE")
+    add("warmup_steps", "imitate demonstrations first; 100 if you give some", type=number(int, 0))
+    add("demonstrations", "rows as in --data with a response, else of the drawn task", metavar="FILE")
     add("warmup_lr", "learning rate of that", type=positive)
     add("warmup_noise", "rate of wrong facts in the last fifth of it", type=share)
     add("image_size", "side of drawn images in pixels", type=number(int, 24, 4096))

@@ -1,13 +1,13 @@
 """Is the contrast informative? How well it ranks tokens, measured against the scene.
 
     python extras/contrast.py                                     the warmed-up tiny model, every corruption
-    python extras/contrast.py --model out/tiny-srpo-seed0/checkpoint-000060 --task count
+    python extras/contrast.py --model out/tiny-srpo-seed0/checkpoint-000040 --task count
 
 For sampled responses it scores every token as SRPO does and reports, averaged over responses, the area under
 the ROC curve (AUC; 0.5 is chance) with which the contrast of step 2 ranks perception tokens, and that of
 step 3 reasoning tokens:
 
-    seen     words for a color or a shape above the other perception tokens (cells, commas)
+    seen     words for a color or a shape above the other perception tokens (cells)
     asked    words of the kind that is asked for above the other words for one
     true     words that state the scene rightly above those that misstate it
     needed   reasoning tokens that say what was perceived (a match, "no", a count) above cells and "so"

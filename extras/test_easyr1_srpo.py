@@ -115,7 +115,8 @@ class Workers:
         if self.uid is None or not np.all(self.uid == batch.non_tensor_batch["uid"]):
             self.uid = batch.non_tensor_batch["uid"]
             images = [d["images"] for d in batch.non_tensor_batch["multi_modal_data"]]
-            self.pixels = [self.policy._patches([self.policy.fit(i) for i in row]) for row in images]
+            found = self.policy._patches([[self.policy.fit(i) for i in row] for row in images])
+            self.pixels = list(zip(*found, strict=True))
         b, T = batch.batch, batch.batch["responses"].shape[1]
         hidden = self.policy.model.model(
             input_ids=b["input_ids"],
@@ -170,7 +171,7 @@ def test_advantages_are_those_of_srpo_py(case):
     assert (batch.non_tensor_batch["uid"] == before.non_tensor_batch["uid"]).all()
     shown = pictures(easyr1_srpo.corrupted(batch, 3, 0.6))
     assert shown[0].tobytes() == shown[G - 1].tobytes() != pictures(before)[0].tobytes()
-    prompts.corrupted = [policy._patches([policy.fit(shown[n * G])])[0] for n in range(2)]
+    prompts.corrupted, _ = policy._patches([[policy.fit(shown[n * G])] for n in range(2)])
     roles, *logps = scored(policy, prompts, rollout)
     w = srpo.token_weights(srpo.contrast_scores(*logps, roles), roles)
     assert w.std() > 1e-3

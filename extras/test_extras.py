@@ -30,7 +30,7 @@ import study  # noqa: E402
 import data  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
-from corrupt import Example, Fact, Query  # noqa: E402
+from corrupt import CELLS, COLORS, SHAPES, Example, Fact, Query  # noqa: E402
 from srpo import CHOICES, Role, token_weights  # noqa: E402
 
 EVIL = '<script>alert("x")</script>'
@@ -354,7 +354,7 @@ def test_sentences_state_the_facts(monkeypatch):
     assert [text for text, _ in policy.decode(rollout)] == texts and rollout.ids.shape[1] < 112
     seen = " ".join(text.split("</perception>")[0].removeprefix("<perception>") for text in texts)
     words = re.findall(r"\w+", seen)
-    facts = sum(word in (*data.CELLS, *data.COLORS, *data.SHAPES) for word in words)
+    facts = sum(word in (*CELLS, *COLORS, *SHAPES) for word in words)
     assert 0.47 < facts / len(words) < 0.53
     ((text, offsets),) = policy.decode(rollout[torch.tensor([0])])
     right = contrast.labels(text, offsets, examples[0])["true"]
