@@ -555,7 +555,7 @@ def test_own_data_trains_and_evaluates(jsonl, tmp_path):
     evals, (step,) = run(tmp_path / "out", *options, *QUICK, *SMALL, "--temperature", 3, "--steps", 1)
     assert step["grounded"] is None and evals[0]["eval"]["n"] == 2 and evals[1]["step"] == 1
     checkpoint = train.Run(tmp_path / "out").checkpoint()
-    (only,), none = run(tmp_path / "eval", *options, "--steps", 0, "--model", checkpoint)
+    (only,), none = run(tmp_path / "eval", *options, "--steps", 0, "--eval-size", 2, "--model", checkpoint)
     assert only["eval"]["n"] == 20 and only["step"] == 0 and not none
 
 REWARDS = [("float(len(text) % 3)", None), ("data.Verdict(len(text) % 3, 0.5, 0.0)", None)]
