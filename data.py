@@ -84,10 +84,10 @@ def demonstrate(example: Example, noise: float, rng: np.random.Generator) -> str
     """A response to imitate: a row's own, or of a drawn scene, in which every color and every shape is
     misstated with probability `noise`. Reasoning and answer follow from what is stated, not from the image:
     consistent, and seeing things. InputError where there is neither."""
-    if example.response or not example.scene:
-        if not example.response:
-            raise InputError(f"{example.source}: needs a response, to be imitated")
+    if example.response:
         return example.response
+    if not example.scene:
+        raise InputError(f"{example.source}: needs a response, to be imitated")
 
     def misstate(word: str, words: Iterable[str]) -> str:
         return str(rng.choice([w for w in words if w != word])) if rng.random() < noise else word
@@ -356,8 +356,8 @@ class Run:
     def log(self) -> list[dict]:
         """Records of the run."""
         lines = json_lines(self.metrics, torn=True) if self.metrics.exists() else []
-        for source in (source for source, record in lines if not isinstance(record.get("step"), int)):
-            raise InputError(f"{source}: not a record of a run, which has a step; take the line out")
+        if bad := [source for source, record in lines if not isinstance(record.get("step"), int)]:
+            raise InputError(f"{bad[0]}: not a record of a run, which has a step; take the line out")
         return [record for _, record in lines]
 
     def write(self, record: dict) -> None:
