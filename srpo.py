@@ -131,7 +131,7 @@ def shared_baseline(scores: Tensor, roles: Tensor, *, role_balanced: bool = Fals
 
 
 def token_weights(
-    scores: Tensor, roles: Tensor, *, tau: float = 1.0, w_min: float = 0.5, w_max: float = 2.0,
+    scores: Tensor, roles: Tensor, *, tau: float = 1.0, w_min: float = 0.8, w_max: float = 1.2,
     normalize: bool = True, role_balanced: bool = False, flip: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Steps 5, 6 and 9, the positive token weights w. Without gradient.
@@ -238,8 +238,8 @@ CHOICES = {
     "corrupt_both": ("consistency with the generated perception", "the image of step 3 too?", False, (True,)),
     "role_balanced": ("shared trajectory-level baseline", "mean of the roles' means?", False, (True,)),
     "tau": ("positive token weights", "temperature of step 6", 1.0, (0.3, 3.0)),
-    "w_min": ("positive token weights", "smallest, before they are normalized", 0.5, (1e-6,)),
-    "w_max": ("positive token weights", "largest, before they are normalized", 2.0, (1e6,)),
+    "w_min": ("positive token weights", "smallest, before they are normalized", 0.8, (0.5, 1e-6)),
+    "w_max": ("positive token weights", "largest, before they are normalized", 1.2, (2.0, 1e6)),
     "normalize": ("adjust relative update magnitudes", "is the mean over S made 1?", True, (False,)),
     "lam": ("adjust relative update magnitudes", "how far from weight 1; 0 is GRPO", 1.0, (0.5,)),
     "sign_aware": ("optimization direction", "is the emphasis turned round where A < 0?", False, (True,)),

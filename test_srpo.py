@@ -59,7 +59,7 @@ def loop_delta(logp, corrupted, blank, roles, contrast="log-ratio", delta_max=5.
         delta[t] = min(max(delta[t], -delta_max), delta_max)  # step 4
     return delta
 
-def loop_weights(delta, roles, tau=1.0, w_min=0.5, w_max=2.0):
+def loop_weights(delta, roles, tau=1.0, w_min=0.8, w_max=1.2):
     """Steps 5, 6 and 9, for one response."""
     S = [t for t, role in enumerate(roles) if role != O]
     if P not in roles or R not in roles or not all(math.isfinite(delta[t]) for t in S):
@@ -279,7 +279,7 @@ def test_role_balanced_baseline_and_flip_by_hand():
     roles = torch.tensor([[P, P, R, R, R, O]])
     assert shared_baseline(scores, roles).item() == pytest.approx(1.6 / 5)
     assert shared_baseline(scores, roles, role_balanced=True).item() == pytest.approx((0.2 + 0.4) / 2)
-    w = token_weights(scores, roles, role_balanced=True, normalize=False)
+    w = token_weights(scores, roles, role_balanced=True, normalize=False, w_min=0.5, w_max=2.0)
     torch.testing.assert_close(w[0, :5], (scores[0, :5] - 0.3).exp())
     flipped = token_weights(scores.expand(2, -1), roles.expand(2, -1), flip=torch.tensor([False, True]))
     torch.testing.assert_close(flipped, torch.cat([token_weights(x, roles) for x in (scores, -scores)]))

@@ -9,9 +9,9 @@
                                                   one group, what a micro-batch holds: peak memory
 
 Every condition runs in a process of its own, in turns, so that a busy machine slows all of them; the table
-has the median over the steps of all turns, after two warm-up steps a turn (with two steps, one). Weights are
-random, so no response has the tags and none is right: rewards and roles are drawn instead (40 % of the tokens
-perception, 40 % reasoning). That changes what is learned, not what it costs.
+has the median over the steps of all turns, after two warm-up steps a turn (of two steps one, of one none).
+Weights are random, so no response has the tags and none is right: rewards and roles are drawn instead (40 %
+of the tokens perception, 40 % reasoning). That changes what is learned, not what it costs.
 """
 
 import argparse
@@ -363,7 +363,7 @@ def options() -> argparse.Namespace:
     add("--micro-batch", type=train.number(int, 1), help="as in train.py; else all, of a --model 4096")
     add("--conditions", help=f"default: {','.join(CONDITIONS)}; of a --model: {','.join(CONDITIONS_REAL)}")
     add("--turns", type=int, default=3, help="how often each condition runs")
-    add("--steps", type=int, default=7, help=f"steps a turn, of which {WARMUP} warm up")
+    add("--steps", type=train.number(int, 1), default=7, help=f"steps a turn, of which {WARMUP} warm up")
     add("--against", type=Path, metavar="DIR", help="run ours from this other version, too, and compare")
     add("--groups", metavar="G,G,...", help="only this: our SRPO step with these group sizes, in turns")
     add("--layers", type=train.number(int, 1), help="of the language model of --model; else all")
@@ -371,8 +371,6 @@ def options() -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of all that runs")
     add("--one", nargs=3, metavar=("CONDITION", "SHAPE", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.steps < 2:
-        parser.error("--steps must be above 1: the first warms up")
     if args.against and (args.groups or not (args.against / "extras/bench.py").exists()):
         parser.error(f"--against {args.against}: no extras/bench.py there, or --groups, too")
     return args

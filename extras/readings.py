@@ -4,7 +4,9 @@ A function takes a `Batch`, what a step of the loop knows when it weighs, and th
 `srpo.token_weights`; it gives w, [B, T]. Where the text says delta := x, x takes the place of the contrast,
 and steps 5 and 6 (baseline, limits, mean 1 over S) stay SRPO's. w~ is the weight before it is normalized.
 Step 9 holds for all: `weigh` leaves 1 where srpo would. `CONDITIONS` has each by name, with one line on what
-it is; `Recorder` puts one into the loop of train.py and keeps what its weights go along with.
+it is; all but srpo and rlsd have the range [0.5, 2], since within the default's, [0.8, 1.2], a weight is too
+near 1 to do much, good or bad. `Recorder` puts one into the loop of train.py and keeps what its weights go
+along with.
 """
 
 import math
@@ -110,7 +112,7 @@ def jensen_shannon(batch: Batch, **options) -> Tensor:
 
 def rlsd(batch: Batch, **options) -> Tensor:
     """1 - lam + lam w, lam falling from 0.5 in the first step to 0 in the last (RLSD, arXiv 2604.03128). Its
-    range [0.8, 1.2] and its sign (flip where A < 0) are options; baseline and mean 1 stay SRPO's."""
+    range is the default, its sign (flip where A < 0) an option; baseline and mean 1 stay SRPO's."""
     lam = 0.5 * (1 - batch.progress)
     return 1 - lam + lam * srpo(batch, **options)
 
@@ -237,18 +239,18 @@ def alternatives() -> dict[str, Condition]:
         for name, x in listed
         if name not in ("w_min", "w_max")
     }
-    limits = " ".join(f"--choice {name}={x}" for name, x in listed if name in ("w_min", "w_max"))
+    limits = " ".join(f"--choice {name}={spelled(CHOICES[name][3][-1])}" for name in ("w_min", "w_max"))
     return found | {"softmax": Condition("A", "no limits in step 6", options=limits)}
 
 
-RANGE, SIGN = "--choice w_min=0.8 --choice w_max=1.2", "--choice sign_aware=true"
+WIDE, SIGN = "--choice w_min=0.5 --choice w_max=2", "--choice sign_aware=true"
 CONDITIONS = {
     "grpo": Condition("", "weight 1 everywhere", options="--algo grpo"),
     "srpo": Condition("", "as in srpo.py, with the default choices"),
+    "range-0.5-2": Condition("A", "a wider range in step 6, which all below have, too", options=WIDE),
     **alternatives(),
     "jensen-shannon": Condition("A", "divergence over the vocabulary for the log-ratio", jensen_shannon),
-    "rlsd": Condition("A", "range, sign and fading of RLSD", rlsd, f"{RANGE} {SIGN}"),
-    "range-0.8-1.2": Condition("A", "the range of RLSD alone", options=RANGE),
+    "rlsd": Condition("A", "range (0.8 to 1.2), sign and fading of RLSD", rlsd, SIGN),
     "positive-only": Condition("A", "weight 1 where A < 0", positive_only),
     "standardized": Condition("A", "contrasts over their standard deviation", standardized),
     "standardized-tau-3": Condition("A", "the same, few at a limit", standardized, "--choice tau=3"),
@@ -267,6 +269,8 @@ CONDITIONS = {
     "entropy": Condition("C", "entropy of the policy for the contrast", entropy),
     "entropy-x-dependency": Condition("C", "entropy times size of the contrast", entropy_x_dependency),
 }
+for name in CONDITIONS.keys() - {"grpo", "srpo", "range-0.5-2", "softmax", "rlsd"}:
+    CONDITIONS[name] = CONDITIONS[name]._replace(options=f"{WIDE} {CONDITIONS[name].options}".strip())
 
 
 @torch.no_grad()

@@ -346,11 +346,13 @@ def credit_png(group: dict, response: dict, scale: int = 2) -> Image.Image:
             draw.text((gap, y + side + 2 * scale), caption, font=small, fill="#555")
             y += side + 22 * scale
     left = side + 3 * gap
-    x, line = left, 50 * scale
+    x, line = left, 64 * scale
     asked = f"{' '.join(group['question'].split())[:80]}  (answer: {group['answer'][:20]})"
     draw.text((left, gap), asked, font=bold, fill="black")
-    told = f"{verdict(response)}; reward {response['reward']:.2f}, advantage {response['advantage']:+.2f}."
-    draw.text((left, gap + 22 * scale), f"{told} Under each token: its weight.", font=small, fill="#555")
+    told = f"{verdict(response)}; reward {response['reward']:.2f}, advantage {response['advantage']:+.2f}. "
+    told += "Under each token: weight" + ("" if response["delta"] is None else ", contrast in nats")
+    told += "" if response["baseline"] is None else f" (baseline {response['baseline']:+.1f})"
+    draw.text((left, gap + 22 * scale), told, font=small, fill="#555")
     row = gap + 50 * scale
     for token in tokens_of(response):
         has_role = token["role"] != Role.OTHER
@@ -365,6 +367,8 @@ def credit_png(group: dict, response: dict, scale: int = 2) -> Image.Image:
                 draw.rectangle((x, row - 2 * scale, right, row + 22 * scale), fill=mixed)
                 draw.rectangle((x, row + 22 * scale, right, row + 24 * scale), fill=color)
                 draw.text((x, row + 26 * scale), f"{token['weight']:.1f}", font=small, fill="#333")
+                if token["delta"] is not None:
+                    draw.text((x, row + 38 * scale), f"{token['delta']:+.1f}", font=small, fill="#888")
             draw.text((x, row), text, font=font, fill="black" if has_role else "#888")
             x += width
             if part.endswith("\n"):

@@ -1,8 +1,8 @@
 """Does role-aware credit help? GRPO against SRPO, its readings and controls, on tasks with a ground truth.
 
-    python extras/study.py --quick               2 seeds, one task, three conditions: under ten minutes
+    python extras/study.py --quick               2 seeds, one task, four conditions: under ten minutes
     python extras/study.py                       all conditions; stop it at will, it goes on where it stopped
-    python extras/study.py --regime sentences    grpo, srpo and entropy where the answer may turn; or: slow
+    python extras/study.py --regime sentences    the main ones where the answer may turn; or: slow
     python extras/study.py --first-seed 10 --seeds 10 --other-seeds 10 --conditions grpo,srpo,entropy
     python extras/study.py --table               only the tables, from what has been run
 
@@ -45,7 +45,8 @@ from corrupt import CELLS, corrupt  # noqa: E402
 from readings import CONDITIONS, GROUPS, Recorder  # noqa: E402
 from srpo import parse_response  # noqa: E402
 
-MAIN, MAIN_SEEDS, OTHER_SEEDS, FRESH = ("grpo", "srpo", "shuffled"), 10, 5, 10  # FRESH: the first such seed
+MAIN = ("grpo", "srpo", "range-0.5-2", "shuffled")
+MAIN_SEEDS, OTHER_SEEDS, FRESH = 10, 5, 10  # FRESH: the first such seed
 TASKS = ("count", "compare", "add")
 OPTIONS = "--steps 40 --prompts 16 --lr 1e-4 --warmup-noise 0.25 --eval-every 10 --eval-size 256"
 OPTIONS += " --save-every 0"
@@ -92,7 +93,7 @@ class Regime(NamedTuple):
     what: str
     options: str = ""  # of train.py, besides OPTIONS
     tasks: tuple[str, ...] = TASKS
-    conditions: tuple[str, ...] = ("grpo", "srpo", "entropy")
+    conditions: tuple[str, ...] = ("grpo", "srpo", "range-0.5-2", "entropy")
     install: Callable[[], None] = lambda: None
 
 
@@ -366,7 +367,7 @@ def main() -> None:
     form = argparse.ArgumentDefaultsHelpFormatter
     parser = train.Parser(description=__doc__.splitlines()[0], formatter_class=form)
     add = parser.add_argument
-    add("--quick", action="store_true", help="2 seeds of the first task, GRPO, SRPO and shuffled")
+    add("--quick", action="store_true", help=f"2 seeds of the first task, {', '.join(MAIN)}")
     regimes = "; ".join(f"{name}: {regime.what}" for name, regime in REGIMES.items())
     add("--regime", default="default", choices=REGIMES, help=regimes)
     add("--conditions", help="of these, by default those of the regime: " + ", ".join(CONDITIONS))
