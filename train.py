@@ -186,7 +186,7 @@ def shaded(text: str, offsets, roles, w) -> str:
     for (start, stop), role, weight in zip(offsets, roles, w, strict=False):
         piece, end = text[max(start, end) : stop], max(stop, end)
         if weight != 1 and color:
-            shade = ";".join(str(round(255 + (x - 255) * min(1, weight / 2))) for x in deep[role])
+            shade = ";".join(str(round(255 + (x - 255) * min(1, max(0, weight - 0.5)))) for x in deep[role])
             piece = f"\x1b[30;48;2;{shade}m{piece}\x1b[0m"
         elif weight != 1:
             piece += f"[{weight:.1f}]"

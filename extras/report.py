@@ -215,8 +215,8 @@ def tokens_of(response: dict) -> list[dict]:
 
 
 def strength(weight: float) -> float:
-    """Share of color: 0 at weight 1/4, the least there is with the default range, 1 at 4."""
-    return min(1.0, max(0.0, 0.5 + math.log2(max(weight, 1e-9)) / 4))
+    """Share of color: 0 at weight 2/3, the least there is with the default range, 1 at 3/2."""
+    return min(1.0, max(0.0, 0.5 + math.log(max(weight, 1e-9)) / math.log(1.5) / 2))
 
 
 def verdict(response: dict) -> str:
@@ -377,9 +377,10 @@ def credit_png(group: dict, response: dict, scale: int = 2) -> Image.Image:
 
 
 def pick(run: dict) -> tuple[dict, dict]:
-    """The most telling response: the widest spread of weights, of a right one if there is one."""
+    """The most telling response: right, for the right reason, a wide spread of weights; in this order."""
     found = [(g, r) for g in run["groups"] for r in g["responses"]]
-    return max(found, key=lambda x: (x[1]["accuracy"], max(x[1]["weights"]) - min(x[1]["weights"])))
+    spread = lambda r: max(r["weights"]) - min(r["weights"])  # noqa: E731
+    return max(found, key=lambda x: (x[1]["accuracy"], x[1]["grounded"] or 0, spread(x[1])))
 
 
 def main(argv: list[str] | None = None) -> int:
