@@ -308,3 +308,5 @@ if __name__ == "__main__":  # one of the processes of test_two_processes_are_one
         found = {"grad_norm": [x["grad_norm"] for x in logs], "weights": weights_of(trainer)[::97].tolist()}
         found["processes"] = trainer.accelerator.num_processes
         (Path(out) / "found.json").write_text(json.dumps(found))
+    trainer.accelerator.wait_for_everyone()  # a process that ends before the others have can be aborted
+    trainer.accelerator.end_training()
