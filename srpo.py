@@ -140,7 +140,7 @@ def token_weights(
         scores: delta, [B, T].
         roles: [B, T] of `Role` values.
         tau: temperature in nats; the larger, the closer every weight is to 1.
-        w_min, w_max: range before they are normalized, RLSD's; then it is [w_min / w_max, w_max / w_min].
+        w_min, w_max: range, by default RLSD's; once normalized it is [w_min / w_max, w_max / w_min].
         normalize: scale to mean 1 over the scored tokens, so that a response keeps its total advantage.
         role_balanced: as in `shared_baseline`.
         flip: [B] bool, responses whose emphasis is turned round: tokens of low contrast weigh more. With

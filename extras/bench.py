@@ -9,10 +9,10 @@
                                                   one group, what a micro-batch holds: peak memory
 
 Every condition runs in a process of its own, in turns, so that a busy machine slows all of them; the table
-has the median over the steps of all turns, after two warm-up steps a turn (of two steps one, of one none;
-the first step has no moments of Adam yet, so peak memory takes two).
-Weights are random, so no response has the tags and none is right: rewards and roles are drawn instead (40 %
-of the tokens perception, 40 % reasoning). That changes what is learned, not what it costs.
+has the median over the steps of all turns, after two warm-up steps a turn (of two steps one, of one none; in
+the first there are no moments of Adam yet, so peak memory takes two). Weights are random, so no response has
+the tags and none is right: rewards and roles are drawn instead (40 % of the tokens perception, 40 %
+reasoning). That changes what is learned, not what it costs.
 """
 
 import argparse

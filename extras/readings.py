@@ -4,9 +4,9 @@ A function takes a `Batch`, what a step of the loop knows when it weighs, and th
 `srpo.token_weights`; it gives w, [B, T]. Where the text says delta := x, x takes the place of the contrast,
 and steps 5 and 6 (baseline, limits, mean 1 over S) stay SRPO's. w~ is the weight before it is normalized.
 Step 9 holds for all: `weigh` leaves 1 where srpo would. `CONDITIONS` has each by name, with one line on what
-it is; all but srpo and rlsd have the range [0.5, 2], since within the default's, [0.8, 1.2], a weight is too
-near 1 to do much, good or bad. `Recorder` puts one into the loop of train.py and keeps what its weights go
-along with.
+it is; all but srpo, softmax and rlsd have the range [0.5, 2], since within the default's, [0.8, 1.2], a
+weight is too near 1 to do much, good or bad. `Recorder` puts one into the loop of train.py and keeps what its
+weights go along with.
 """
 
 import math
@@ -247,7 +247,7 @@ WIDE, SIGN = "--choice w_min=0.5 --choice w_max=2", "--choice sign_aware=true"
 CONDITIONS = {
     "grpo": Condition("", "weight 1 everywhere", options="--algo grpo"),
     "srpo": Condition("", "as in srpo.py, with the default choices"),
-    "range-0.5-2": Condition("A", "a wider range in step 6, which all below have, too", options=WIDE),
+    "range-0.5-2": Condition("A", "a wider range in step 6; all below but softmax and rlsd have it"),
     **alternatives(),
     "jensen-shannon": Condition("A", "divergence over the vocabulary for the log-ratio", jensen_shannon),
     "rlsd": Condition("A", "range (0.8 to 1.2), sign and fading of RLSD", rlsd, SIGN),
@@ -269,7 +269,7 @@ CONDITIONS = {
     "entropy": Condition("C", "entropy of the policy for the contrast", entropy),
     "entropy-x-dependency": Condition("C", "entropy times size of the contrast", entropy_x_dependency),
 }
-for name in CONDITIONS.keys() - {"grpo", "srpo", "range-0.5-2", "softmax", "rlsd"}:
+for name in CONDITIONS.keys() - {"grpo", "srpo", "softmax", "rlsd"}:
     CONDITIONS[name] = CONDITIONS[name]._replace(options=f"{WIDE} {CONDITIONS[name].options}".strip())
 
 
