@@ -5,8 +5,8 @@
     batch.batch["advantages"] = A_hat
 
 Copy this file, host.py, srpo.py and corrupt.py to where Python finds them. Written against EasyR1 at commit
-26dfd97, with names that later ones keep; EasyR1 is not on PyPI, so the test runs on stand-ins that behave as
-its batch and workers do.
+26dfd97 (other versions may name the workers otherwise); EasyR1 is not on PyPI, so the test runs on stand-ins
+that behave as its batch and workers do.
 """
 
 import copy
