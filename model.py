@@ -370,9 +370,15 @@ def load(name: str, *, device="cpu", dtype=torch.float32, seed=0, max_pixels=Non
 
 
 def is_tiny(name: str) -> bool:
-    """Whether `name` is the built-in model or a folder made from it."""
-    config = Path(name) / "config.json"
-    return name == "tiny" or (config.exists() and '"instruction": ""' in config.read_text(errors="replace"))
+    """Whether `name` is the built-in model, or a folder made from it, of adapters, too."""
+    if name == "tiny":
+        return True
+    try:
+        if (adapters := Path(name) / "adapter_config.json").exists():
+            return is_tiny(json.loads(adapters.read_text())["base_model_name_or_path"])
+        return json.loads((Path(name) / "config.json").read_text()).get("instruction") == ""
+    except (OSError, ValueError, KeyError, AttributeError):  # not a folder of a model: `load` says so
+        return False
 
 
 TINY_TEMPLATE = (

@@ -880,6 +880,36 @@ def complaint(capsys, *argv):
     assert code == 2 and stderr.startswith("error: ") and stderr.count("\n") == 1, (code, stderr)
     return stderr
 
+EXPECTED = {  # of the options that were left out
+    "": {"steps": 40, "prompts": 24, "max_new_tokens": 48, "lr": 1e-4, "image_size": 48, "warmup_steps": 320},
+    "--model TMP/real": {"steps": 200, "prompts": 8, "max_new_tokens": 512, "lr": 1e-6, "image_size": 336},
+    "--model TMP/real --lora 16": {"steps": 200, "prompts": 8, "max_new_tokens": 512, "lr": 1e-5},
+    "--model TMP/tiny": {"steps": 40, "max_new_tokens": 48, "lr": 1e-4, "warmup_steps": 0},
+    "--model TMP/adapters": {"steps": 40, "max_new_tokens": 48, "lr": 1e-4, "warmup_steps": 0},
+    "--model TMP/real --lora 16 --demonstrations d.jsonl": {"warmup_steps": 100, "warmup_lr": 2e-4},
+}
+EXPECTED[""] |= {"micro_batch": 16384, "warmup_lr": 2e-3, "warmup_noise": 0.25}
+EXPECTED["--model TMP/real"] |= {"micro_batch": 4096, "warmup_steps": 0, "warmup_lr": 1e-5, "warmup_noise": 0}
+EXPECTED["--model TMP/real --lora 16"] |= {"micro_batch": 4096, "warmup_steps": 0, "warmup_lr": 2e-4}
+EXPECTED["--model TMP/real --lora 16"] |= {"image_size": 336, "warmup_noise": 0}
+
+@pytest.mark.parametrize("options", EXPECTED)
+def test_options_left_out_have_the_values_that_help_names(options, tmp_path, policy):
+    policy.save(tmp_path / "tiny")
+    for name in ("real", "adapters"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "real/config.json").write_text('{"model_type": "qwen2_vl"}')
+    base = {"base_model_name_or_path": str(tmp_path / "tiny")}
+    (tmp_path / "adapters/adapter_config.json").write_text(json.dumps(base))
+    argv = [*options.replace("TMP", str(tmp_path)).split(), "--out", str(tmp_path / "out")]
+    args, run = train.parse_options(argv)
+    run.held.release()
+    for name, value in EXPECTED[options].items():
+        assert getattr(args, name) == value, name
+    help_text = " ".join(train.build_parser().format_help().split())
+    assert "longest response (tiny: 48, a real model: 512)" in help_text
+    assert "(tiny: 0.0001, a real model: 1e-06, with --lora: 1e-05)" in help_text
+
 OPTIONS = """--model TMP/none>none --model no-such-owner/no-such-model>no-such-owner --model TMP/empty>empty
 --model TMP/text-only>not_one_of_qwen2_vl, --model TMP/cut>cannot_be_used --device cuda:99>cuda:99
 --device banana>banana --device meta>meta --seed 999999999999999999999999999999>seed --group-size 1>group-size

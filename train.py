@@ -32,10 +32,16 @@ from data import DrawnTask, InputError, OwnTask, Run, averages, demonstrate, fir
 from srpo import CHOICES, Role, contrast_scores, group_advantages, kl_to_reference, policy_loss
 from srpo import role_aware_advantages, token_roles, token_weights, without_perception
 
-DEFAULTS = {  # what an option left out means: for the tiny model, for any other, and for that with --lora
-    "steps": (40, 200), "prompts": (24, 8), "max_new_tokens": (48, 512), "micro_batch": (16384, 4096),
-    "lr": (1e-4, 1e-6, 1e-5), "image_size": (48, 336), "warmup_steps": (320, 0),
-    "warmup_lr": (2e-3, 1e-5, 2e-4), "warmup_noise": (0.25, 0)}  # fmt: skip
+# What an option left out means: for the tiny model, for a real one, and for a real one with --lora.
+TINY = {
+    "steps": 40, "prompts": 24, "max_new_tokens": 48, "micro_batch": 16384, "lr": 1e-4, "image_size": 48,
+    "warmup_steps": 320, "warmup_lr": 2e-3, "warmup_noise": 0.25,
+}  # fmt: skip
+REAL = {
+    "steps": 200, "prompts": 8, "max_new_tokens": 512, "micro_batch": 4096, "lr": 1e-6, "image_size": 336,
+    "warmup_steps": 0, "warmup_lr": 1e-5, "warmup_noise": 0.0,
+}  # fmt: skip
+REAL_LORA = {**REAL, "lr": 1e-5, "warmup_lr": 2e-4}
 
 
 def train(args: argparse.Namespace, run: Run) -> None:
@@ -305,9 +311,11 @@ def build_parser() -> Parser:
     count, positive, share = number(int, 1, 10**6), number(float, 1e-12), number(float, 0, 1)
 
     def add(name, text, default=None, **options):
-        if name in DEFAULTS:
-            tiny, other, *lora = (f"{x:g}" for x in DEFAULTS[name])
-            text += f" (tiny: {tiny}, else: {other}{', with --lora: ' + lora[0] if lora else ''})"
+        if name in TINY:
+            text += f" (tiny: {TINY[name]:g}, a real model: {REAL[name]:g}"
+            if REAL_LORA[name] != REAL[name]:
+                text += f", with --lora: {REAL_LORA[name]:g}"
+            text += ")"
         elif default not in (None, False, []):
             text += f" (else: {default})"
         group.add_argument("--" + name.replace("_", "-"), default=default, help=text, **options)
@@ -349,12 +357,27 @@ def build_parser() -> Parser:
     add("eval_size", "held-out examples", 256, type=number(int, 1, 10**5))
     add("save_every", "steps between checkpoints; 0: only the last", 20, type=number(int, 0))
     group = parser.add_argument_group("cold start, and drawn tasks")
-    add("warmup_steps", "imitate demonstrations first; 100 if you give some", type=number(int, 0))
+    add("warmup_steps", "imitate demonstrations first; 100 steps if you give some to any model but tiny", type=number(int, 0))
     add("demonstrations", "rows as in --data with a response, else of the drawn task", metavar="FILE")
     add("warmup_lr", "learning rate of that", type=positive)
     add("warmup_noise", "rate of wrong facts in the last fifth of it", type=share)
     add("image_size", "side of drawn images in pixels", type=number(int, 24, 4096))
     return parser
+
+
+def presets(args: argparse.Namespace) -> dict:
+    """Values of the options that were left out."""
+    if args.model == "tiny":
+        return TINY
+    if model.is_tiny(args.model):
+        found = {**TINY, "warmup_steps": 0}  # a saved tiny model has had its own
+    elif args.lora:
+        found = dict(REAL_LORA)
+    else:
+        found = dict(REAL)
+    if args.demonstrations:
+        found["warmup_steps"] = 100
+    return found
 
 
 def parse_options(argv: list[str]) -> tuple[argparse.Namespace, Run]:
@@ -365,10 +388,9 @@ def parse_options(argv: list[str]) -> tuple[argparse.Namespace, Run]:
             raise InputError(f"{min(bad)}: not with --resume, which takes the options of {args.resume}")
         args = build_parser().parse_args([*Run(args.resume).argv(), *argv])
     args.choice = {name: v[2] for name, v in CHOICES.items()} | dict(args.choice)
-    which = 0 if model.is_tiny(args.model) else 2 if args.lora else 1
-    if args.model != "tiny" and args.warmup_steps is None:
-        args.warmup_steps = 100 if args.demonstrations else 0  # a saved tiny model has had its own
-    vars(args).update({k: (v * 2)[which] for k, v in DEFAULTS.items() if getattr(args, k) is None})
+    for name, value in presets(args).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if args.lora and args.train_vision:
         raise InputError("--train-vision: not with --lora, which freezes the vision tower; drop one of them")
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")

@@ -69,7 +69,7 @@ def finished(folder: Path) -> tuple[argparse.Namespace, model.Policy, int]:
 def defaults(**options) -> argparse.Namespace:
     """All options of train.py with the values that they have for the tiny model, but for `options`."""
     args = train.build_parser().parse_args(["--device", "cpu"])
-    vars(args).update({name: values[0] for name, values in train.DEFAULTS.items()}, dtype="float32")
+    vars(args).update(train.TINY, dtype="float32")
     vars(args).update({k: v for k, v in options.items() if v is not None})
     args.choice = {name: v[2] for name, v in train.CHOICES.items()} | dict(args.choice)
     return args

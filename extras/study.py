@@ -126,7 +126,7 @@ def run(job: tuple[str, str, int, str, Path, str]) -> dict:
     """One training run and its last evaluations, as a row of the table."""
     task, condition, seed, regime, out, options = job
     folder = out / "-".join([task, condition, *[regime] * (regime != "default"), f"seed{seed}"])
-    steps = train.build_parser().parse_args(options.split()).steps or train.DEFAULTS["steps"][0]
+    steps = train.build_parser().parse_args(options.split()).steps or train.TINY["steps"]
     start = time.process_time()  # of one thread: what it would take on an idle core
     with Recorder(condition, steps, seed).installed() as recorder:
         trained(folder, f"--task {task} --seed {seed} {options} {CONDITIONS[condition].options}")
