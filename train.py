@@ -1,149 +1,168 @@
-"""Train a vision-language model with SRPO, or with GRPO on the same loop, seeds and data (--algo grpo).
+"""Train a vision-language model with SRPO, or with GRPO on the same seeds and data (--algo grpo).
 
-    python train.py                                        the built-in tiny model, a minute on a CPU core
+    python train.py                                        the built-in tiny model, a minute on a CPU
     python train.py --model Qwen/Qwen2-VL-2B-Instruct --data my.jsonl --out out/my-run
-    python train.py --resume out/my-run                    after a crash, where it stopped
+    python train.py --resume out/my-run                    after a crash, from the last checkpoint
 
-Read `train` from top to bottom: sample, verify, score, weigh, update, report. What is drawn in step k depends
-on the seed and on k alone, so a resumed run is the same run.
+Read `train` from top to bottom: sample, verify, score, weigh, update, report. What is drawn in step k
+depends on the seed and on k alone, so a resumed run is the same run.
 """
 
 import argparse
+import contextlib
 import hashlib
-import inspect
+import importlib
+import json
+import math
 import os
+import runpy
+import shutil
 import signal
-import statistics
 import sys
 import time
-from functools import partial
+import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
-from PIL import Image
+from filelock import FileLock, Timeout  # comes with torch
+from torch import Tensor
 from tqdm import tqdm
 
 import data
 import model
-from corrupt import corrupt
-from data import DrawnTask, InputError, OwnTask, Run, averages, demonstrate, first_line, reward_from, verify
-from srpo import CHOICES, Role, contrast_scores, group_advantages, kl_to_reference, policy_loss
+from corrupt import CORRUPTIONS, corrupt
+from data import InputError, Verdict, averages, demonstrate, first_line, verify
+from srpo import Role, contrast_scores, group_advantages, kl_to_reference, policy_loss
 from srpo import role_aware_advantages, token_roles, token_weights, without_perception
 
 # What an option left out means: for the tiny model, for a real one, and for a real one with --lora.
-TINY = {
-    "steps": 40, "prompts": 24, "max_new_tokens": 48, "micro_batch": 16384, "lr": 1e-4, "image_size": 48,
-    "warmup_steps": 320, "warmup_lr": 2e-3, "warmup_noise": 0.25,
-}  # fmt: skip
-REAL = {
-    "steps": 200, "prompts": 8, "max_new_tokens": 512, "micro_batch": 4096, "lr": 1e-6, "image_size": 336,
-    "warmup_steps": 0, "warmup_lr": 1e-5, "warmup_noise": 0.0,
-}  # fmt: skip
+TINY = {"steps": 40, "prompts": 24, "max_new_tokens": 48, "micro_batch": 1024, "lr": 1e-4}
+TINY.update(image_size=48, warmup_steps=320, warmup_lr=2e-3, warmup_noise=0.25)
+REAL = {"steps": 200, "prompts": 8, "max_new_tokens": 512, "micro_batch": 8, "lr": 1e-6}
+REAL.update(image_size=336, warmup_steps=0, warmup_lr=1e-5, warmup_noise=0.0)
 REAL_LORA = {**REAL, "lr": 1e-5, "warmup_lr": 2e-4}
+WARMUP_VERSION = 1  # raise it when a change alters the warmed-up tiny model, which is cached
 
 
-def train(args: argparse.Namespace, run: Run) -> None:
-    """B responses of up to T tokens a step, G to a prompt; [b, T] is a micro-batch of the update."""
-    task = OwnTask(args.data, args.seed, args.steps == 0) if args.data else drawn_task(args)
-    policy, reference, optimizer, start = prepare(args, run)
-    held_out = task.eval_set(None if args.data and args.steps == 0 else args.eval_size)
-    judge, c = reward_from(args.reward) if args.reward else verify, argparse.Namespace(**args.choice)
-    sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
-    parameters, srpo = optimizer.param_groups[0]["params"], args.algo == "srpo"
+def train(args: argparse.Namespace, run: "Run") -> None:
+    """B responses of up to T tokens a step, G to each prompt; [b, T] is a micro-batch of the update."""
+    task = build_task(args)
+    judge = build_judge(args)
+    weigh = build_weigh(args)
+    policy, reference, optimizer, steps_done = prepare(args, run)
+    parameters = optimizer.param_groups[0]["params"]
+    held_out = task.eval_set(args.eval_size)
     if not run.log():
         run.write(evaluate(policy, held_out, judge, args, step=0))
-    steps, idle, credit = range(start + 1, args.steps + 1), 0, None
-    for step in (bar := tqdm(steps, args.algo, initial=start, total=args.steps, disable=None)):
+    idle_steps = 0
+    credit = None
+    clip = {"clip_low": args.clip_low, "clip_high": args.clip_high}
+    steps = range(steps_done + 1, args.steps + 1)
+    bar = tqdm(steps, args.algo, initial=steps_done, total=args.steps, disable=None)
+    for step in bar:
+        # 1. Sample G responses to each prompt.
         clock = [time.perf_counter()]
-
-        # 1. Sample G responses to each prompt. One corrupted image a prompt, shared by its group.
         examples = task.train_batch(step - 1, args.prompts)
-        seed, how = (args.seed, step), {"kind": c.corruption, "patch": policy.patch, "p": c.p}
-        prompts = policy.encode(examples, srpo and (lambda i, image: corrupt(image, seed=(*seed, i), **how)))
-        rollout = policy.sample(prompts, args.group_size, generator=generator(args, step), **sampling)
-        mask = rollout.mask  # [B, T], EOS included, padding excluded
+        prompts = policy.encode(examples)
+        rollout = policy.sample(prompts, args.group_size, **sampling(args, generator(args, step)))
+        lengths = rollout.mask.sum(dim=1)  # [B], EOS included
+        batch_tokens = lengths.sum()
         clock.append(time.perf_counter())
 
-        # 2. Verify: a reward for each response, compared within its group, and a role for each token.
+        # 2. Verify: a reward for each response, compared within its group, and roles for its tokens.
         responses = policy.decode(rollout)
-        asked = zip(responses, rollout.prompt.tolist(), strict=True)
-        verdicts = [judge(text, examples[i]) for (text, _), i in asked]
-        A = group_advantages([v.reward for v in verdicts], args.group_size).to(mask.device)  # [B], step 1
-        roles = torch.zeros_like(rollout.ids)  # [B, T]
-        for row, (text, offsets) in enumerate(responses):
-            found = token_roles(text, offsets, answer_is_reasoning=c.answer_is_reasoning)
-            roles[row, : len(offsets)] = found.to(roles)
-        roles[A == 0] = Role.OTHER  # nothing to weigh, so nothing to score
-        P, R, used = roles == Role.PERCEPTION, roles == Role.REASONING, (A != 0) | (args.kl_coef > 0)
+        verdicts = []
+        for (text, _), i in zip(responses, rollout.prompt.tolist(), strict=True):
+            verdicts.append(judge(text, examples[i]))
+        rewards = [verdict.reward for verdict in verdicts]
+        A = group_advantages(rewards, args.group_size).to(policy.device)  # [B], step 1
+        used_groups = int(A.view(-1, args.group_size).any(dim=1).sum())
+        if args.kl_coef == 0:  # without advantage there is no gradient: leave these responses out
+            used = A.nonzero()[:, 0]
+            responses = [responses[i] for i in used.tolist()]
+            rollout = rollout[used]
+            A = A[used]
+        roles = response_roles(responses, rollout)  # [B, T]
+        mask = rollout.mask  # [B, T], EOS included, padding excluded
 
-        # 3. Score the same tokens: with the corrupted image, without the perception, and by the reference.
-        def score(who, **how):
-            return who.log_probs(prompts, rollout, temperature=args.temperature, **how)[0]
-
-        logp = logp_corrupted = logp_blank = rollout.logp  # [B, T]
-        with torch.no_grad():
-            if srpo:
-                blank, both = without_perception(mask, roles), c.corrupt_both
-                logp_corrupted = score(policy, corrupted=True, wanted=P | (R & both))  # [B, T]
-                logp_blank = score(policy, visible=blank, wanted=R, corrupted=both, reuse=not both)  # [B, T]
-                logp = torch.where(R & both, logp_corrupted, logp)  # [B, T]
-            if reference is not None:
-                with reference.as_reference(policy):
-                    ref_logp = score(reference)  # [B, T]
+        # 3. Score the same tokens in other contexts, without gradient. GRPO needs none.
+        if args.algo == "srpo":
+            corrupted = policy.encode(corrupted_copies(examples, policy, args, step))
+            logp_corrupted = score(policy, corrupted, rollout, args)  # [B, T], for step 2
+            visible = without_perception(mask, roles)  # [B, T]
+            cache = rollout.prompt_cache
+            logp_blank = score(policy, prompts, rollout, args, visible, cache)  # [B, T], for step 3
+        if args.kl_coef > 0:
+            ref_logp = reference_log_probs(policy, reference, prompts, rollout, args)  # [B, T]
         clock.append(time.perf_counter())
 
-        # 4. Weigh the tokens of each response against each other.
-        options = {k: args.choice[k] for k in ("tau", "w_min", "w_max", "normalize", "role_balanced")}
-        options |= {"flip": A < 0 if c.sign_aware else None}
-        logps = logp, logp_corrupted, logp_blank
-        delta = contrast_scores(*logps, roles, contrast=c.contrast)  # [B, T], step 2, step 3, step 4
-        w = token_weights(delta, roles, **options)  # [B, T], step 5, step 6, step 9
-        A_hat = role_aware_advantages(A, w, c.lam)  # [B, T], step 7
+        # 4. Weigh the tokens of each response. Here SRPO leaves GRPO, which gives all of them A.
+        if args.algo == "srpo":
+            logps = (rollout.logp, logp_corrupted, logp_blank)
+            w = weigh(*logps, roles, A, entropy=rollout.entropy, **weighing(args, step))  # [B, T]
+            A_hat = role_aware_advantages(A, w, args.lam)  # [B, T], step 7
+        else:
+            w = torch.ones_like(rollout.logp)
+            A_hat = A[:, None].expand_as(w)
 
-        # 5. Update: an optimizer step an inner epoch. Micro-batches add up to the whole batch's gradient.
-        total = {"loss": 0.0, "clip_frac": 0.0, "kl": None if reference is None else 0.0, "grad_norm": 0.0}
-        old_logp, entropy = torch.zeros_like(logp), torch.zeros_like(logp)  # [B, T]
+        # 5. Update: an optimizer step per inner epoch. The gradients of micro-batches add up.
+        totals = {"loss": 0.0, "clip_frac": 0.0, "kl": 0.0, "grad_norm": 0.0}
+        old_logp = torch.zeros_like(rollout.logp)  # [B, T]
         for epoch in range(args.inner_epochs):
-            for rows in policy.micro_batches(prompts, rollout, used):
-                logp, H = policy.log_probs(prompts, rollout[rows], temperature=args.temperature)  # [b, T]
-                if epoch == 0:  # no step has been taken yet: this is pi_old
-                    old_logp[rows], entropy[rows] = logp.detach(), H
-                clip = {"clip_low": args.clip_low, "clip_high": args.clip_high, "denominator": mask.sum()}
-                loss, stats = policy_loss(logp, old_logp[rows], A_hat[rows], mask[rows], **clip)  # [], step 8
-                if reference is not None:
-                    share = mask[rows].sum() / mask.sum()
+            for start in range(0, len(A), args.micro_batch):
+                rows = slice(start, start + args.micro_batch)
+                logp = policy.log_probs(prompts, rollout[rows], args.temperature)  # [b, T]
+                if epoch == 0:
+                    # This is pi_old. Sampling computed the same a token at a time, in `rollout.logp`:
+                    # that differs by rounding, and the first ratio would not be 1.
+                    old_logp[rows] = logp.detach()
+                batch = (logp, old_logp[rows], A_hat[rows], mask[rows])
+                loss, stats = policy_loss(*batch, **clip, denominator=batch_tokens)  # [], step 8
+                if args.kl_coef > 0:
+                    share = mask[rows].sum() / batch_tokens
                     stats["kl"] = share * kl_to_reference(logp, ref_logp[rows], mask[rows])  # []
                     loss = loss + args.kl_coef * stats["kl"]
+                    totals["kl"] += stats["kl"].item() / args.inner_epochs
                 loss.backward()
-                stats["loss"] = loss
-                for name in stats.keys() & total.keys():
-                    total[name] += stats[name].item() / args.inner_epochs
-            total["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+                totals["loss"] += loss.item() / args.inner_epochs
+                totals["clip_frac"] += stats["clip_frac"].item() / args.inner_epochs
+            totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         clock.append(time.perf_counter())
 
-        # 6. Report. A number that nothing in this step could be measured on is null.
-        scored = mask & used[:, None]  # [B, T]
-        off = ((old_logp - rollout.logp).exp() - 1).abs()  # [B, T], rounding alone
-        means = {"entropy": (entropy, scored), "ratio_off": (off, scored)}
-        means |= {"w_perception": (w, P), "w_reasoning": (w, R)}
-        record = {"step": step, **averages(verdicts), **total, "length": mask.sum(1).float().mean().item()}
-        record |= {k: x[where].mean().item() if where.any() else None for k, (x, where) in means.items()}
-        record["used_groups"] = int(A.view(-1, args.group_size).any(1).sum())
-        record |= zip(("sec_generate", "sec_score", "sec_update"), np.diff(clock).tolist(), strict=True)
+        # 6. Report, evaluate, save.
+        record = {"step": step, **averages(verdicts), **totals, "used_groups": used_groups}
+        record.update(
+            token_metrics(rollout, old_logp, roles, w, args), length=lengths.float().mean().item()
+        )
+        record.update(
+            sec_generate=clock[1] - clock[0],
+            sec_score=clock[2] - clock[1],
+            sec_update=clock[3] - clock[2],
+        )
         run.write(record)
         bar.set_description(f"{args.algo}: accuracy {record['accuracy']:.2f}")
-        idle, credit = 0 if record["used_groups"] else idle + 1, (responses, roles, w)
-        if idle in (5, 50, 500):
-            tqdm.write(no_spread(idle, record, verdicts, rollout, args), file=sys.stderr)
-        if step == args.steps or (args.eval_every and step % args.eval_every == 0):
+        credit = (responses, roles, w)
+        idle_steps = 0 if used_groups else idle_steps + 1
+        if idle_steps in (5, 50, 500):
+            tqdm.write(why_idle(idle_steps, record, verdicts, lengths, args), file=sys.stderr)
+        if is_due(step, args.eval_every, args):
             run.write(evaluate(policy, held_out, judge, args, step))
-        if step == args.steps or (args.save_every and step % args.save_every == 0):
-            run.save(step, policy, optimizer)  # last: a checkpoint vouches for all lines up to its step
+        if is_due(step, args.save_every, args):
+            run.save(step, policy, optimizer)  # last: a checkpoint holds all records up to its step
     summarize(run, credit)
+
+
+# ------------------------------------------------------------------------------ pieces of the loop
+
+
+def sampling(args, rng: torch.Generator) -> dict:
+    limits = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
+    return {**limits, "generator": rng}
 
 
 def generator(args, step: int, purpose: int = 0) -> torch.Generator:
@@ -152,133 +171,420 @@ def generator(args, step: int, purpose: int = 0) -> torch.Generator:
     return torch.Generator(args.device).manual_seed(int(seed >> np.uint64(1)))
 
 
+def response_roles(responses: list, rollout) -> Tensor:
+    """[B, T] of `Role` values, from the text and the token offsets of each response."""
+    roles = torch.zeros_like(rollout.ids)
+    for row, (text, offsets) in enumerate(responses):
+        roles[row, : len(offsets)] = token_roles(text, offsets).to(roles.device)
+    return roles
+
+
+def corrupted_copies(examples: list, policy, args, step: int) -> list:
+    """The examples with corrupted images: one draw per prompt, shared by its group."""
+    how = {"kind": args.corruption, "p": args.corruption_p, "patch": policy.patch}
+    copies = []
+    for i, example in enumerate(examples):
+        images = [policy.fit(image) for image in example.images]
+        images = [corrupt(image, seed=(args.seed, step, i), **how) for image in images]
+        copies.append(replace(example, images=tuple(images)))
+    return copies
+
+
+@torch.no_grad()
+def score(policy, prompts, rollout, args, visible=None, prompt_cache=None) -> Tensor:
+    """Log-probs [B, T] of a rollout, without gradient, a micro-batch at a time."""
+    logp = torch.zeros_like(rollout.logp)
+    for start in range(0, len(logp), args.micro_batch):
+        rows = slice(start, start + args.micro_batch)
+        shown = None if visible is None else visible[rows]
+        part = rollout[rows]
+        logp[rows] = policy.log_probs(prompts, part, args.temperature, shown, prompt_cache)
+    return logp
+
+
+def reference_log_probs(policy, reference, prompts, rollout, args) -> Tensor:
+    """[B, T], by the reference policy: a model of its own, or this one without its adapters."""
+    if reference is not None:
+        return score(reference, prompts, rollout, args)
+    with policy.adapter.disable_adapter():
+        return score(policy, prompts, rollout, args)
+
+
+def srpo_weights(logp, logp_corrupted, logp_blank, roles, A, *, tau, w_min, w_max, **_) -> Tensor:
+    """w [B, T], steps 2 to 6 and 9. `--weights FILE.py:NAME` puts another function in its place.
+
+    Args:
+        logp, logp_corrupted, logp_blank: [B, T], as in `srpo.contrast_scores`, at every token; the last is
+            0 at hidden ones.
+        roles: [B, T].
+        A: [B].
+        tau, w_min, w_max: options. And by keyword: entropy of the policy at each token, [B, T] in nats;
+            progress, from 0 in the first step to 1 in the last.
+    """
+    delta = contrast_scores(
+        logp, logp_corrupted, logp_blank, roles
+    )  # [B, T], step 2, step 3, step 4
+    return token_weights(delta, roles, tau=tau, w_min=w_min, w_max=w_max)  # step 5, step 6, step 9
+
+
+def weighing(args, step: int) -> dict:
+    """Options of the weights in a step."""
+    progress = (step - 1) / max(1, args.steps - 1)
+    return {"tau": args.tau, "w_min": args.w_min, "w_max": args.w_max, "progress": progress}
+
+
+def token_metrics(rollout, old_logp, roles, w, args) -> dict:
+    """Means over the tokens of all responses that were used; None where there is no such token."""
+
+    def mean(x, where):
+        return x[where].mean().item() if where.any() else None
+
+    ratio_off = ((old_logp - rollout.logp).exp() - 1).abs()  # [B, T], by rounding alone
+    return {
+        "entropy": mean(rollout.entropy, rollout.mask),
+        "ratio_off": mean(ratio_off, rollout.mask),
+        "w_perception": mean(w, roles == Role.PERCEPTION),
+        "w_reasoning": mean(w, roles == Role.REASONING),
+    }
+
+
+def is_due(step: int, every: int, args) -> bool:
+    return step == args.steps or (every > 0 and step % every == 0)
+
+
+def why_idle(steps: int, record: dict, verdicts, lengths, args) -> str:
+    """Why nothing is learned when all responses of each group have the same reward; what to try."""
+    n = len(verdicts)
+    cut_off = int((lengths == args.max_new_tokens).sum())
+    unformed = sum(verdict.format == 0 for verdict in verdicts)
+    right = sum(verdict.accuracy > 0.5 for verdict in verdicts)
+    if cut_off > n / 2:
+        cause = "are cut off; try a larger --max-new-tokens"
+    elif unformed > n / 2:
+        cause = "lack the tags; try --warmup-steps 30, which imitates demonstrations first"
+    elif right > n / 2:
+        cause = "are right; try harder data"
+    else:
+        cause = "are wrong; try easier data, a larger --group-size or --warmup-steps 30"
+    said = f"mean reward {record['reward']:.2f}, {record['format']:.0%} well-formed"
+    return f"rewards did not differ in any group for {steps} steps: {said}; most responses {cause}"
+
+
 def evaluate(policy, examples, judge, args, step: int, batch: int = 64) -> dict:
     """Record of a response to each example, at the training temperature; the same draws every time."""
-    texts, rng = [], generator(args, 0, purpose=1)
-    sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "generator": rng}
+    rng = generator(args, 0, purpose=1)
+    texts = []
     for first in tqdm(range(0, len(examples), batch), "evaluating", leave=False, disable=None):
-        rollout = policy.sample(policy.encode(examples[first : first + batch]), 1, **sampling)
+        prompts = policy.encode(examples[first : first + batch])
+        rollout = policy.sample(prompts, 1, **sampling(args, rng))
         texts += [text for text, _ in policy.decode(rollout)]
-    both = list(zip(texts, examples, strict=True))
-    scores = averages([judge(text, e) for text, e in both]) | {"n": len(both)}
-    shown = [{"question": e.question, "answer": e.answer, "response": text} for text, e in both[:3]]
-    return {"step": step, "eval": scores, "samples": shown}
+    verdicts = [judge(text, example) for text, example in zip(texts, examples, strict=True)]
+    samples = []
+    for text, example in zip(texts[:3], examples[:3], strict=True):
+        samples.append({"question": example.question, "answer": example.answer, "response": text})
+    return {"step": step, "eval": {**averages(verdicts), "n": len(examples)}, "samples": samples}
 
 
-def summarize(run: Run, credit=None) -> None:
-    """The first evaluation against the last, an answer before and after, and the credit of one response."""
-    first, *_, last = [r for r in run.log() if "eval" in r] * 2
-    print(f"\n{last['eval']['n']} held-out examples: step {first['step']}, step {last['step']}")
-    rows = ((k, first["eval"][k], x) for k, x in last["eval"].items() if x is not None and k != "n")
-    print(*("{:12}{:10.3f}{:10.3f}".format(*row) for row in rows), sep="\n")
+def summarize(run: "Run", credit) -> None:
+    """The first evaluation against the last, an answer before and after, the credit of one response."""
+    evaluations = [record for record in run.log() if "eval" in record]
+    first = evaluations[0]
+    last = evaluations[-1]
+    n = last["eval"]["n"]
+    print(f"\n{n} held-out examples: step {first['step']}, step {last['step']}")
+    for name, value in last["eval"].items():
+        if name != "n" and value is not None:
+            print(f"{name:12}{first['eval'][name]:10.3f}{value:10.3f}")
     print("\n{question}  (answer: {answer})".format(**first["samples"][0]))
-    for record in (first, last) if last["step"] else (last,):
-        print(f"step {record['step']}: {record['samples'][0]['response']}")
-    if credit:
+    print(f"step {first['step']}: {first['samples'][0]['response']}")
+    if last["step"] > first["step"]:
+        print(f"step {last['step']}: {last['samples'][0]['response']}")
+    if credit is not None and len(credit[0]):
         responses, roles, w = credit
-        row = int((w - 1).square().sum(1).argmax())  # the response with the most to see; of GRPO, the first
+        row = int((w - 1).square().sum(dim=1).argmax())  # the one with the most to see
         print("\nA response of the last step, and the weight of each token that is not 1, GRPO's:")
-        print(shaded(*responses[row], roles[row].tolist(), w[row].tolist()))
-        asks = "Where it is above 1: did the image, or the perception, decide this word?"
-        print(asks if (w != 1).any() else "None: every token counts alike.")
+        print(with_weights(*responses[row], w[row].tolist()))
+        print("Where it is above 1: did the image, or the perception, decide this word?")
     print(f"\nmetrics and checkpoint: {run.path}")
 
 
-def shaded(text: str, offsets, roles, w) -> str:
-    """A response with the weights of its tokens: as shades in a terminal that has them, else in brackets."""
-    deep = {Role.PERCEPTION: (70, 130, 230), Role.REASONING: (240, 140, 40)}  # blue, orange
-    shown, end, color = "", 0, sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    color = color and os.environ.get("COLORTERM") in ("truecolor", "24bit")
-    for (start, stop), role, weight in zip(offsets, roles, w, strict=False):
-        piece, end = text[max(start, end) : stop], max(stop, end)
-        if weight != 1 and color:
-            shade = ";".join(str(round(255 + (x - 255) * min(1, max(0, weight - 0.5)))) for x in deep[role])
-            piece = f"\x1b[30;48;2;{shade}m{piece}\x1b[0m"
-        elif weight != 1:
-            piece += f"[{weight:.1f}]"
-        shown += piece
+def with_weights(text: str, offsets, weights) -> str:
+    """A response with the weight of each token behind it, where it is not 1."""
+    shown = ""
+    end = 0
+    for (start, stop), weight in zip(offsets, weights, strict=False):
+        shown += text[max(start, end) : stop]
+        if weight != 1:
+            shown += f"[{weight:.1f}]"
+        end = max(stop, end)
     return shown
 
 
-def no_spread(steps: int, record: dict, verdicts, rollout, args) -> str:
-    """Why nothing is learned when all responses of each group have the same reward, and what to try."""
-    full = (rollout.mask.sum(1) == args.max_new_tokens).tolist()
-    why = ["are wrong; try easier data, a larger --group-size or --warmup-steps 30"]
-    why += ["are right; try harder data", "are cut off; try a larger --max-new-tokens"]
-    why += ["lack the tags; try --warmup-steps 30, which imitates demonstrations first"]
-    kinds = [2 if f else v.accuracy > 0.5 if v.format else 3 for v, f in zip(verdicts, full, strict=True)]
-    said = f"mean reward {record['reward']:.2f}, {record['format']:.0%} well-formed; most responses"
-    return f"rewards did not differ in any group for {steps} steps: {said} {why[statistics.mode(kinds)]}"
+# ---------------------------------------------------------------------------- what the options ask for
 
 
-def drawn_task(args) -> DrawnTask:
-    return DrawnTask(args.task, seed=args.seed, size=args.image_size)
+def build_task(args):
+    if args.data:
+        return data.OwnTask(args.data, args.seed, args.eval_all)
+    return data.DrawnTask(args.task, seed=args.seed, size=args.image_size)
 
 
-def prepare(args, run: Run):
-    """Policy, reference policy (or None), optimizer, and the number of steps already done."""
-    model.Policy.micro_batch = args.micro_batch
+def build_judge(args):
+    """(response text, example) -> Verdict: `verify`, or what --reward names, a function -> float or Verdict."""
+    if not args.reward:
+        return verify
+    function = load_function("--reward", args.reward)
+    file = args.reward.rpartition(":")[0]
+
+    def judge(text: str, example: data.Example) -> Verdict:
+        try:
+            found = function(text, example)
+            if not isinstance(found, Verdict):
+                found = replace(verify(text, example), reward=float(found))
+            if not math.isfinite(found.reward):
+                raise ValueError(f"{found.reward} is not finite")
+            return found
+        except Exception as error:
+            lines = [
+                x.lineno for x in traceback.extract_tb(error.__traceback__) if x.filename == file
+            ]
+            where = f" in line {lines[-1]}" if lines else ""
+            said = f"{type(error).__name__}{where}, {first_line(error)}"
+            asked = example.source or example.question
+            raise InputError(f"--reward {args.reward}: {said}; {asked}") from None
+
+    return judge
+
+
+def build_weigh(args):
+    if not args.weights:
+        return srpo_weights
+    return load_function("--weights", args.weights)
+
+
+def load_function(option: str, place: str):
+    """The function NAME of FILE.py, from FILE.py:NAME. InputError where there is none."""
+    file, _, name = place.rpartition(":")
+    try:
+        return runpy.run_path(file)[name]
+    except Exception as error:  # whatever the file does
+        said = f"no such function FILE.py:NAME ({first_line(error)})"
+        raise InputError(f"{option} {place}: {said}") from None
+
+
+def prepare(args, run: "Run"):
+    """Policy, reference (None: there is none, or it is the policy without adapters), optimizer, and the
+    number of steps already done."""
     if args.model == "tiny":
         torch.set_num_threads(1)  # sharing products so small costs more than it gains
-    options = {k: getattr(args, k) for k in ("device", "max_pixels", "seed")}
-    load = partial(model.load, dtype=getattr(torch, args.dtype), frozen=bool(args.lora), **options)
-    initial = warmed_up(args, run, load)
-    policy = load(str(run.checkpoint() or initial))
+    initial = warmed_up(args, run)
+    policy = load_policy(args, run.checkpoint() or initial)
     trained = trainable(policy, args)
-    same = args.lora and not Path(initial, "adapter_config.json").exists()  # but for its adapters
-    reference = None if not args.kl_coef else policy if same else load(str(initial))
-    # fp32 master weights: at lr 1e-6 an update of a bf16 weight would be rounded away.
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    reference = None
+    if args.kl_coef > 0 and (not args.lora or model.base_of_adapters(initial)):
+        reference = load_policy(args, initial)
+    # With float32 master weights: at lr 1e-6 an update of a bf16 weight would be rounded away.
+    optimizer = torch.optim.AdamW(
+        trained, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+    )
     return policy, reference, optimizer, run.restore(optimizer, args.device)
+
+
+def load_policy(args, name) -> model.Policy:
+    options = {"device": args.device, "max_pixels": args.max_pixels, "seed": args.seed}
+    dtype = getattr(torch, args.dtype)
+    return model.load(str(name), dtype=dtype, frozen=bool(args.lora), **options)
 
 
 def trainable(policy, args) -> list:
     """The parameters to train: adapters, or all but the vision tower."""
-    if args.lora and policy.adapter is None:
-        policy.add_lora(args.lora)
-    elif not args.lora:
+    if not args.lora:
         policy.model.model.visual.requires_grad_(args.train_vision)
-    return [p for p in policy.model.parameters() if p.requires_grad]
+    elif policy.adapter is None:
+        policy.add_lora(args.lora, args.seed)
+    return [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
 
 
-def warmed_up(args, run: Run, load) -> str | Path:
-    """What RL starts from: --model, or its folder after a cold start, which is made once. The tiny model is
-    fluent then, and sees things that are not there: that is what RL is to put right."""
+def warmed_up(args, run: "Run") -> str:
+    """What RL starts from: --model, or a folder that holds it after a cold start, which is made once.
+
+    The tiny model is fluent then, and sees things that are not there: that is what RL is to put right.
+    """
     folder = run.path / "warmed-up"
-    if args.model == "tiny" and not args.demonstrations:  # kept for the next run, by all that it depends on
-        options = "task seed image_size device warmup_steps warmup_lr warmup_noise".split()
-        made_by = [torch.__version__, transformers.__version__, *(getattr(args, k) for k in options)]
-        made_by += [inspect.getsource(x) for x in (imitate, data, model, inspect.getmodule(corrupt))]
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "srpo"
-        folder = cache / f"tiny-{hashlib.sha256(repr(made_by).encode()).hexdigest()[:16]}"
-    elif not args.warmup_steps:
+    if (
+        args.model == "tiny" and not args.demonstrations
+    ):  # kept for other runs, by all it depends on
+        names = (
+            "task",
+            "seed",
+            "image_size",
+            "device",
+            "warmup_steps",
+            "warmup_lr",
+            "warmup_noise",
+        )
+        made_by = [WARMUP_VERSION, torch.__version__, transformers.__version__]
+        made_by += [getattr(args, name) for name in names]
+        key = hashlib.sha256(repr(made_by).encode()).hexdigest()[:16]
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(cache) / "srpo" / f"tiny-{key}"
+    elif args.warmup_steps == 0:
         return args.model
     if not folder.exists():
-        policy = load(args.model)
-        everything = list(policy.model.parameters())
-        imitate(policy, everything if args.model == "tiny" else trainable(policy, args), args)
-        data.write_folder(folder, policy.save)
-    return folder
+        policy = load_policy(args, args.model)
+        imitate(policy, args)
+        write_folder(folder, policy.save)
+    return str(folder)
 
 
-def imitate(policy, parameters: list, args) -> None:
+def imitate(policy, args) -> None:
     """A cold start: supervised steps on demonstrations, the last fifth with wrong facts if so asked."""
-    task = OwnTask(args.demonstrations, args.seed) if args.demonstrations else drawn_task(args)
-    optimizer = torch.optim.AdamW(parameters, lr=1.0, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    true_steps, batch = args.warmup_steps * 4 // 5, 24 if args.model == "tiny" else args.prompts
-    for step in tqdm(range(args.warmup_steps), desc="warm-up: imitating demonstrations", disable=None):
-        rate = min(1, (step + 1) / 20, max(0.1, 1.1 - step / max(1, true_steps)))  # up, then down to a tenth
-        optimizer.param_groups[0]["lr"] = args.warmup_lr * rate
-        noise, rng = args.warmup_noise * (step >= true_steps), np.random.default_rng((args.seed, step, 3))
+    task = build_task(args)
+    if args.demonstrations:
+        task = data.OwnTask(args.demonstrations, args.seed)
+    parameters = trainable(policy, args)
+    batch = args.prompts
+    if args.model == "tiny":
+        parameters = list(policy.model.parameters())
+        batch = TINY["prompts"]  # of every run, so that runs can share it
+    optimizer = torch.optim.AdamW(
+        parameters, lr=1.0, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+    )
+    true_steps = args.warmup_steps * 4 // 5
+    for step in tqdm(range(args.warmup_steps), "warm-up: imitating demonstrations", disable=None):
+        ramp = (step + 1) / 20
+        decay = max(0.1, 1.1 - step / max(1, true_steps))
+        optimizer.param_groups[0]["lr"] = args.warmup_lr * min(1, ramp, decay)
+        noise = args.warmup_noise if step >= true_steps else 0.0
+        rng = np.random.default_rng((args.seed, step, 3))
         examples = task.train_batch(10**6 + step, batch)  # not those of RL
         written = policy.as_rollout([demonstrate(example, noise, rng) for example in examples])
         prompts = policy.encode(examples)
-        for rows in policy.micro_batches(prompts, written, written.mask.any(1)):
-            logp, _ = policy.log_probs(prompts, written[rows], temperature=1.0)
+        for start in range(0, len(examples), args.micro_batch):
+            rows = slice(start, start + args.micro_batch)
+            logp = policy.log_probs(prompts, written[rows], temperature=1.0)
             (-logp.sum() / written.mask.sum()).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+
+# ------------------------------------------------------------------------------- the folder of a run
+
+
+class Run:
+    """The folder of a run. Whatever a kill leaves in it is whole, and resuming gives the same numbers."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.metrics = self.path / "metrics.jsonl"
+        self.send = None  # of --log: a function (numbers, step)
+
+    def lock(self) -> None:
+        """Keep the folder to this process, for as long as it lives."""
+        self.held = FileLock(self.path / "lock")
+        try:
+            self.held.acquire(blocking=False)
+        except Timeout:
+            raise InputError(
+                f"{self.path}: another process is at work there; stop it, or wait"
+            ) from None
+
+    def claim(self, options: dict) -> None:
+        """Make the folder with the run's options, at once, so that whatever is there can be resumed."""
+        if any(file.name not in ("args.json", "lock") for file in self.path.glob("*")):
+            raise InputError(f"--out {self.path}: not empty; --resume {self.path} goes on with it")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock()
+        (self.path / "args.json").write_text(json.dumps(options, indent=1) + "\n", encoding="utf-8")
+
+    def argv(self) -> list[str]:
+        """The options that it was started with, to be checked again."""
+        try:
+            options = json.loads((self.path / "args.json").read_text(encoding="utf-8"))
+            return ["".join(word) for word in options["argv"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise InputError(
+                f"--resume {self.path}: not the folder of a run (no args.json)"
+            ) from None
+
+    def rewind(self) -> None:
+        """Back to the last checkpoint, which holds the records up to its step."""
+        self.lock()
+        checkpoint = self.checkpoint()
+        if checkpoint is None:
+            self.metrics.unlink(missing_ok=True)
+        else:
+            shutil.copy(checkpoint / "metrics.jsonl", self.metrics)
+
+    def log(self) -> list[dict]:
+        """Records of the run; a last line without an end, cut off by a kill, is none."""
+        if not self.metrics.exists():
+            return []
+        return [
+            json.loads(line) for line in self.metrics.read_text(encoding="utf-8").split("\n")[:-1]
+        ]
+
+    def write(self, record: dict) -> None:
+        with open(self.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        if self.send is not None:
+            kind = "eval" if "eval" in record else "train"
+            figures = record.get("eval", record)
+            numbers = {f"{kind}/{name}": x for name, x in figures.items() if x is not None}
+            self.send(numbers, record["step"])
+
+    def checkpoint(self) -> Path | None:
+        """The last whole one; what a killed process left half written has another name."""
+        found = [
+            p
+            for p in self.path.glob("checkpoint-*")
+            if p.name[11:].isdecimal() and p.name.isascii()
+        ]
+        return max(found, key=lambda p: int(p.name[11:]), default=None)
+
+    def save(self, step: int, policy, optimizer) -> None:
+        def fill(folder):
+            policy.save(folder)
+            torch.save({"step": step, "optimizer": optimizer.state_dict()}, folder / "trainer.pt")
+            shutil.copy(self.metrics, folder)
+
+        checkpoint = self.path / f"checkpoint-{step:06d}"
+        write_folder(checkpoint, fill)
+        for old in self.path.glob("checkpoint-*"):
+            if old != checkpoint:
+                shutil.rmtree(old)
+
+    def restore(self, optimizer, device: str) -> int:
+        """Put the last checkpoint's state into the optimizer; the number of steps done."""
+        checkpoint = self.checkpoint()
+        if checkpoint is None:
+            return 0
+        try:
+            state = torch.load(checkpoint / "trainer.pt", map_location=device, weights_only=True)
+            optimizer.load_state_dict(state["optimizer"])
+            return int(state["step"])
+        except Exception as error:  # a cut file, a foreign one
+            said = f"remove it, trainer.pt is broken ({first_line(error)})"
+            raise InputError(f"{checkpoint}: {said}") from None
+
+
+def write_folder(folder: Path, fill) -> None:
+    """Make `folder` whole or not at all: `fill` writes beside it, then it is renamed into place."""
+    beside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    try:
+        beside.mkdir(parents=True, exist_ok=True)
+        fill(beside)
+        beside.rename(folder)
+    except (
+        Exception
+    ) as error:  # a full disk, too, which safetensors and torch report in their own ways
+        shutil.rmtree(beside, ignore_errors=True)
+        if not folder.exists():  # else another process was first
+            raise InputError(f"{folder}: cannot be written ({first_line(error)})") from None
+
+
+# --------------------------------------------------------------------------------------- the options
 
 
 class Parser(argparse.ArgumentParser):
@@ -286,19 +592,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} ({self.prog} --help lists the options)\n")
 
 
-def choice(text: str) -> tuple[str, object]:
-    """NAME=VALUE of --choice."""
-    name, _, value = text.partition("=")
-    try:
-        _, _, default, others = CHOICES[name]
-        known = {str(x).lower(): x for x in (default, *others)}
-        return name, float(value) if isinstance(default, float) else known[value.lower()]
-    except (KeyError, ValueError):
-        raise argparse.ArgumentTypeError(f"{text}: no such choice") from None
-
-
-def number(kind, low, high=float("inf")):
-    def number(text):  # by this name argparse complains
+def number(kind, low, high=math.inf):
+    def number(text):  # argparse complains by this name
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text}: from {low} to {high}")
         return kind(text)
@@ -308,60 +603,83 @@ def number(kind, low, high=float("inf")):
 
 def build_parser() -> Parser:
     parser = Parser(allow_abbrev=False, description=__doc__.splitlines()[0])
-    count, positive, share = number(int, 1, 10**6), number(float, 1e-12), number(float, 0, 1)
+    count = number(int, 1, 10**6)
+    positive = number(float, 1e-12, 1e12)
+    share = number(float, 0, 1)
 
-    def add(name, text, default=None, **options):
+    def add(option, text, default=None, **kwargs):
+        name = option[2:].replace("-", "_")
         if name in TINY:
             text += f" (tiny: {TINY[name]:g}, a real model: {REAL[name]:g}"
             if REAL_LORA[name] != REAL[name]:
                 text += f", with --lora: {REAL_LORA[name]:g}"
             text += ")"
-        elif default not in (None, False, []):
+        elif default not in (None, False):
             text += f" (else: {default})"
-        group.add_argument("--" + name.replace("_", "-"), default=default, help=text, **options)
+        group.add_argument(option, default=default, help=text, **kwargs)
 
     group = parser.add_argument_group("what most people need first")
-    add("model", "tiny, a folder, or a hub name such as Qwen/Qwen2-VL-2B-Instruct", "tiny")
-    add("data", "JSON lines with image or images, question, answer; by default a drawn task", metavar="FILE")
-    add("task", "which drawn task", "count", choices=data.TASKS)
-    add("reward", "your own reward, a function (response text, example) -> float", metavar="FILE.py:NAME")
-    add("algo", "grpo gives every token of a response the same advantage", "srpo", choices=("srpo", "grpo"))
-    add("steps", "optimizer steps; 0 only evaluates, with --data on all rows", type=number(int, 0))
-    add("lora", "train low-rank adapters only: pip install peft", metavar="RANK", type=count)
-    add("out", "folder of the run, new or empty (else: a new one in out/)", metavar="DIR")
-    add("resume", "go on with the run in DIR, with its own options", metavar="DIR")
-    add("log", "send the metrics there too", choices=("tensorboard", "wandb", "trackio"))
+    add("--model", "tiny, a folder, or a hub name such as Qwen/Qwen2-VL-2B-Instruct", "tiny")
+    add(
+        "--data",
+        "JSON lines with image or images, question, answer; else a drawn task",
+        metavar="FILE",
+    )
+    add("--task", "which drawn task", "count", choices=data.TASKS)
+    add("--reward", "your own reward, (response text, example) -> float", metavar="FILE.py:NAME")
+    add(
+        "--algo",
+        "grpo gives every token of a response the same advantage",
+        "srpo",
+        choices=("srpo", "grpo"),
+    )
+    add("--steps", "optimizer steps; 0 only evaluates", type=number(int, 0))
+    add("--lora", "train low-rank adapters only: pip install peft", metavar="RANK", type=count)
+    add("--out", "folder of the run, new or empty (else: a new one in out/)", metavar="DIR")
+    add("--resume", "go on with the run in DIR, with its own options", metavar="DIR")
+    add("--log", "where metrics go, too: extras/loggers.py:wandb", metavar="FILE.py:NAME")
     group = parser.add_argument_group("method")
-    listed = (f"{k} ({', '.join(str(x).lower() for x in (v[2], *v[3]))})" for k, v in CHOICES.items())
-    add("choice", "an open choice of the method, once for each: " + ", ".join(listed), [],
-        action="append", type=choice, metavar="NAME=VALUE")  # fmt: skip
-    add("group_size", "G, responses to each prompt", 8, type=number(int, 2, 10**4))
-    add("temperature", "of sampling, and of every log-prob", 1.0, type=number(float, 1e-3))
-    add("kl_coef", "beta of step 8; 0 loads no reference", 0.0, type=number(float, 0))
-    add("clip_low", "epsilon_low of step 8", 0.2, type=share)
-    add("clip_high", "epsilon_high of step 8", 0.2, type=number(float, 0))
+    add("--corruption", "how images are corrupted for step 2", "patch", choices=list(CORRUPTIONS))
+    add("--corruption-p", "how strongly", 0.6, type=share)
+    add("--tau", "temperature of step 6, nats", 1.0, type=positive)
+    add("--w-min", "smallest weight of step 6, before normalizing", 0.8, type=positive)
+    add("--w-max", "largest weight of step 6, before normalizing", 1.2, type=positive)
+    add("--lam", "lambda of step 7; 0 is GRPO", 1.0, type=share)
+    add("--weights", "another reading of steps 2 to 6: see srpo_weights", metavar="FILE.py:NAME")
+    add("--group-size", "G, responses to each prompt", 8, type=number(int, 2, 10**4))
+    add("--temperature", "of sampling, and of every log-prob", 1.0, type=number(float, 1e-3))
+    add("--kl-coef", "beta of step 8; 0 loads no reference", 0.0, type=number(float, 0))
+    add("--clip-low", "epsilon_low of step 8", 0.2, type=share)
+    add("--clip-high", "epsilon_high of step 8", 0.2, type=number(float, 0))
     group = parser.add_argument_group("training")
-    add("prompts", "prompts a step", type=count)
-    add("max_new_tokens", "longest response", type=count)
-    add("inner_epochs", "optimizer steps on each batch of responses", 1, type=count)
-    add("lr", "learning rate of AdamW", type=positive)
-    add("train_vision", "train the vision tower too, which is frozen otherwise", False, action="store_true")
-    add("seed", "of everything that is drawn at random", 0, type=number(int, 0, 2**62))
+    add("--prompts", "prompts a step", type=count)
+    add("--max-new-tokens", "longest response", type=count)
+    add("--inner-epochs", "optimizer steps on each batch of responses", 1, type=count)
+    add("--lr", "learning rate of AdamW", type=positive)
+    add(
+        "--train-vision", "train the vision tower too, frozen otherwise", False, action="store_true"
+    )
+    add("--seed", "of everything that is drawn at random", 0, type=number(int, 0, 2**62))
     group = parser.add_argument_group("memory and machine")
-    add("micro_batch", "tokens in memory at a time, prompts counted once a group", type=count)
-    add("max_pixels", "area that images are shrunk to (else: the model's)", type=number(int, 1))
-    add("device", "cpu, cuda, cuda:1 ...", "cuda" if torch.cuda.is_available() else "cpu")
-    add("dtype", "of computing (else: bfloat16 on cuda)", choices=("float32", "bfloat16"))
+    add("--micro-batch", "responses in memory at a time, in scoring and update", type=count)
+    add("--max-pixels", "area that images are shrunk to (else: the model's)", type=number(int, 1))
+    add("--device", "cpu, cuda, cuda:1 ...", "cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", "of computing (else: bfloat16 on cuda)", choices=("float32", "bfloat16"))
     group = parser.add_argument_group("evaluation and checkpoints")
-    add("eval_every", "steps between evaluations; 0: only before and after", 20, type=number(int, 0))
-    add("eval_size", "held-out examples", 256, type=number(int, 1, 10**5))
-    add("save_every", "steps between checkpoints; 0: only the last", 20, type=number(int, 0))
+    add("--eval-every", "steps between evaluations; 0: before and after", 20, type=number(int, 0))
+    add("--eval-size", "held-out examples", 256, type=number(int, 1, 10**5))
+    add("--eval-all", "hold out all rows of --data", False, action="store_true")
+    add("--save-every", "steps between checkpoints; 0: only the last", 20, type=number(int, 0))
     group = parser.add_argument_group("cold start, and drawn tasks")
-    add("warmup_steps", "imitate demonstrations first; 100 steps if you give some to any model but tiny", type=number(int, 0))
-    add("demonstrations", "rows as in --data with a response, else of the drawn task", metavar="FILE")
-    add("warmup_lr", "learning rate of that", type=positive)
-    add("warmup_noise", "rate of wrong facts in the last fifth of it", type=share)
-    add("image_size", "side of drawn images in pixels", type=number(int, 24, 4096))
+    add("--warmup-steps", "imitate demonstrations first", type=number(int, 0))
+    add(
+        "--demonstrations",
+        "rows as in --data with a response; else of the drawn task",
+        metavar="FILE",
+    )
+    add("--warmup-lr", "learning rate of that", type=positive)
+    add("--warmup-noise", "rate of wrong facts in the last fifth of it", type=share)
+    add("--image-size", "side of drawn images in pixels", type=number(int, 24, 4096))
     return parser
 
 
@@ -380,36 +698,56 @@ def presets(args: argparse.Namespace) -> dict:
     return found
 
 
-def parse_options(argv: list[str]) -> tuple[argparse.Namespace, Run]:
-    """The options, checked, and the folder of the run, claimed or gone back to."""
+def resolve_options(argv: list[str]) -> argparse.Namespace:
+    """All options with their values, checked. InputError, or an exit with 2, where they cannot be."""
     args = build_parser().parse_args(argv)
-    if args.resume:
-        if bad := {w.split("=")[0] for w in argv if w[:2] == "--"} - {"--resume", "--steps", "--micro-batch"}:
-            raise InputError(f"{min(bad)}: not with --resume, which takes the options of {args.resume}")
-        args = build_parser().parse_args([*Run(args.resume).argv(), *argv])
-    args.choice = {name: v[2] for name, v in CHOICES.items()} | dict(args.choice)
     for name, value in presets(args).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.dtype is None:
+        args.dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
+    if args.w_min > args.w_max:
+        raise InputError(f"--w-min {args.w_min}: above --w-max {args.w_max}")
     if args.lora and args.train_vision:
-        raise InputError("--train-vision: not with --lora, which freezes the vision tower; drop one of them")
-    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
-    c, x, option = args.choice, torch.zeros(1, 1), "--choice"
-    try:  # what is called knows best what it takes
-        w = token_weights(x, x, tau=c["tau"], w_min=c["w_min"], w_max=c["w_max"])
-        role_aware_advantages(x, w, c["lam"])
-        corrupt(Image.new("RGB", (1, 1)), c["corruption"], p=c["p"])
-        option = f"--device {args.device}"
+        raise InputError("--train-vision: not with --lora, which freezes the vision tower")
+    try:
         torch.zeros(1, device=args.device).item()
     except Exception as error:  # a device that is not there fails in ways of its own
-        raise InputError(f"{option}: not possible here ({first_line(error)})") from None
-    names = (f"{args.algo}-seed{args.seed}{end}" for end in ("", *range(-2, -(10**6), -1)))  # -2, -3, ...
-    paths = (Path("out") / f"{Path(args.model).name}-{name}" for name in names)
-    run = Run(args.resume or args.out or next(path for path in paths if not path.exists()))
-    run.rewind() if args.resume else run.claim({"argv": argv, **vars(args)})
+        said = f"not possible here ({first_line(error)})"
+        raise InputError(f"--device {args.device}: {said}") from None
+    return args
+
+
+def open_run(argv: list[str]) -> tuple[argparse.Namespace, Run]:
+    """The options, and the folder of the run, claimed or gone back to."""
+    folder = build_parser().parse_args(argv).resume
+    if folder:
+        given = {word.split("=")[0] for word in argv if word.startswith("--")}
+        refused = given - {"--resume", "--steps", "--micro-batch"}
+        if refused:
+            said = f"not with --resume, which takes the options of {folder}"
+            raise InputError(f"{min(refused)}: {said}")
+        args = resolve_options([*Run(folder).argv(), *argv])
+        run = Run(folder)
+        run.rewind()
+    else:
+        args = resolve_options(argv)
+        run = Run(args.out or new_folder(args))
+        run.claim({"argv": argv, **vars(args)})
     if args.log:
-        run.send_to(args.log, vars(args))
+        start = load_function("--log", args.log)
+        run.send = start(run.path, vars(args))
     return args, run
+
+
+def new_folder(args) -> Path:
+    name = f"{Path(args.model).name}-{args.algo}-seed{args.seed}"
+    path = Path("out") / name
+    number = 2
+    while path.exists():
+        path = Path("out") / f"{name}-{number}"
+        number += 1
+    return path
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -421,16 +759,19 @@ def main(argv: list[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
     run = None
     try:
-        args, run = parse_options(sys.argv[1:] if argv is None else argv)
-        return train(args, run) or 0
-    except KeyboardInterrupt as stop:  # a step or a checkpoint in progress is dropped, what was whole stays
+        args, run = open_run(sys.argv[1:] if argv is None else argv)
+        train(args, run)
+        return 0
+    except (
+        KeyboardInterrupt
+    ) as stop:  # a step or checkpoint in progress is dropped, what was whole stays
         went = f"go on with: python train.py --resume {run.path}" if run else "nothing was begun"
         print(f"\nstopped; {went}", file=sys.stderr)
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     except (InputError, OSError) as error:
         said = str(error)  # not the error, which would keep the run, and its lock
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        known = "not enough memory", "can't allocate memory", "out of memory"
+        known = ("not enough memory", "can't allocate memory", "out of memory")
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in known):
             raise
         said = "out of memory: lower --micro-batch, --max-new-tokens or --max-pixels, or train with --lora 16"
