@@ -1,18 +1,18 @@
-"""The corrupted image of step 2: a PIL image in, one of the same size and mode out. And image files.
+"""The corrupted image of step 2, a PIL image of the same size and mode; and image files.
 
 The same size means the same number of visual tokens, so that one response can be scored under both
 images. What each corruption destroys, and what it keeps:
 
-    kind      destroys                                        keeps
-    patch     everything inside a share p of the patches      the other patches (the default, p = 0.6)
-    noise     fine detail, faint contrasts                    large shapes and strong colors, anywhere
-    blur      edges, texture, small text, fine shape          colors, places, coarse layout
-    grey      color                                           brightness, shape, text, places
-    shuffle   where things are, shapes larger than a patch    the content of every patch, all colors
-    pixelate  everything finer than a patch                   each patch's mean color, coarse layout
+    kind      destroys                                      keeps
+    patch     everything inside a share p of the patches    the other patches (default, p = 0.6)
+    noise     fine detail, faint contrasts                  large shapes and strong colors
+    blur      edges, texture, small text, fine shape        colors, places, coarse layout
+    grey      color                                         brightness, shape, text, places
+    shuffle   where things are, shapes beyond a patch       the content of every patch
+    pixelate  everything finer than a patch                 each patch's mean color, layout
 
-Every function depends on its seed alone. In training one corrupted image is drawn for each prompt and
-shared by its whole group, so that the contrasts of its responses can be compared.
+Every function depends on its seed alone. In training one corrupted image is drawn for each prompt
+and shared by its whole group, so that the contrasts of its responses can be compared.
 """
 
 import warnings
@@ -21,8 +21,8 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
-# Each corruption takes colors as float32 [H, W, 3] from 0 to 255, the side of a patch in pixels, the
-# strength p and a generator of random numbers. It returns colors of the same shape.
+# Each corruption takes colors as float32 [H, W, 3] from 0 to 255, the side of a patch in pixels,
+# the strength p and a generator of random numbers. It returns colors of the same shape.
 
 
 def patch_mask(pixels: np.ndarray, patch: int, p: float, rng: np.random.Generator) -> np.ndarray:
@@ -94,11 +94,12 @@ def corrupt(
     """The corrupted image of step 2.
 
     Args:
-        image: any 8-bit PIL image; transparency stays as it is.
-        kind: one of CORRUPTIONS.
-        patch: side of a patch in pixels. Give the model's own, and an image that is already resized for
-            the model (`Policy.fit`): then a masked patch is exactly one patch of the vision encoder.
-        p: strength in [0, 1]: the share of masked patches, the level of noise, the radius of the blur.
+        image: any 8-bit PIL image; transparency stays as it is. kind: one of CORRUPTIONS. patch:
+        side of a patch in pixels. Give the model's own, and an image that is already resized for
+            the model (`Policy.fit`): then a masked patch is exactly one patch of the vision
+            encoder.
+        p: strength in [0, 1]: the share of masked patches, the level of noise, the radius of the
+        blur.
             The other corruptions have no strength.
         seed: of the random draw; an int, or a sequence of them.
     Returns:
@@ -125,8 +126,8 @@ def corrupt(
 def open_image(file) -> Image.Image:
     """Decode an image to RGB, upright, over white where it is transparent.
 
-    Raises ValueError where it has too many pixels or is far too long, and Pillow's own errors where it is
-    broken.
+    Raises ValueError where it has too many pixels or is far too long, and Pillow's own errors
+    where it is broken.
     """
     with warnings.catch_warnings():
         warnings.simplefilter(

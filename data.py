@@ -1,19 +1,17 @@
-"""Questions with an image and an answer: drawn tasks with a known truth, your own files, the verifier.
+"""Questions with an image and an answer: drawn tasks, your own files, and the verifier.
 
-A drawn task shows a 3 x 3 grid of cells a1 .. c3 (columns a to c from the left, rows 1 to 3 from the top)
-with a few colored shapes. The scene is known, so one can check not only the answer but also what the
-response says it *saw*. An example of each task, with a perfect response:
+A drawn task shows a 3 x 3 grid of cells a1 .. c3 (columns a to c from the left, rows 1 to 3 from
+the top) with a few colored shapes. The scene is known, so one can check not only the answer but
+also what the response says it *saw*. An example of each task, with a perfect response:
 
-    count    How many red?              <perception> a1 red circle b2 blue square</perception>
-                                        <reasoning> a1 red b2 no so 1</reasoning>
-                                        <answer> 1</answer>
-    compare  More blue or more circle?  <reasoning> a1 no b2 blue so 1, a1 circle b2 no so 1</reasoning>
-                                        <answer> same</answer>
-    add      How many blue plus circle? <reasoning> a1 no b2 blue so 1, a1 circle b2 no so 1</reasoning>
-                                        <answer> 2</answer>
+    count    How many red?               <perception> a1 red circle b2 blue square</perception>
+                                         <reasoning> a1 red b2 no so 1</reasoning>
+                                         <answer> 1</answer>
+    compare  More blue or more circle?   ... a1 no b2 blue so 1, a1 circle b2 no so 1 ... same
+    add      How many blue plus circle?  ... a1 no b2 blue so 1, a1 circle b2 no so 1 ... 2
 
-The reward, 0.9 accuracy + 0.1 share of the tags in place, never looks at what the perception says: SRPO
-changes the credit, not the reward.
+The reward, 0.9 accuracy + 0.1 share of the tags in place, never looks at what the perception
+says: SRPO changes the credit, not the reward.
 """
 
 import hashlib
@@ -47,15 +45,18 @@ class InputError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    if not lines:
-        return type(error).__name__
-    return lines[0][:200]
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
 
 
-# --------------------------------------------------------------------------------------- drawn scenes
+# ---- drawn scenes
 
-TASKS = ("count", "compare", "add")
+QUESTIONS = {
+    "count": "How many {}?",
+    "compare": "More {} or more {}?",
+    "add": "How many {} plus {}?",
+}
+TASKS = tuple(QUESTIONS)
 COLORS = {
     "red": (220, 40, 40),
     "green": (40, 170, 70),
@@ -65,9 +66,9 @@ COLORS = {
 SHAPES = ("circle", "square", "triangle")
 CELLS = tuple(column + row for row in "123" for column in "abc")
 HINT = (
-    "The image is a grid of 3 columns a, b, c from left to right and 3 rows 1, 2, 3 from top to bottom. "
-    "In the perception list every object as its cell, color and shape, like: a1 red circle c2 blue "
-    f"square. Colors: {', '.join(COLORS)}."
+    "The image is a grid of 3 columns a, b, c from left to right and 3 rows 1, 2, 3 from top to "
+    "bottom. In the perception list every object as its cell, color and shape, like: "
+    f"a1 red circle c2 blue square. Colors: {', '.join(COLORS)}."
 )
 
 
@@ -89,14 +90,10 @@ class Query:
     args: tuple[str, ...]
 
     def text(self) -> str:
-        if self.task == "count":
-            return "How many {}?".format(*self.args)
-        if self.task == "compare":
-            return "More {} or more {}?".format(*self.args)
-        return "How many {} plus {}?".format(*self.args)
+        return QUESTIONS[self.task].format(*self.args)
 
     def evidence(self, facts: Collection[Fact]) -> list[set[str]]:
-        """All that the answer depends on: for each argument, the cells of the things it is true of."""
+        """All that the answer depends on: for each argument, the cells that it is true of."""
         return [{f.cell for f in facts if arg in (f.color, f.shape)} for arg in self.args]
 
     def solve(self, facts: Collection[Fact]) -> str:
@@ -124,7 +121,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Example:
-    """One question. Drawn tasks know `scene` and `query`; `source` names file and line of a user's row."""
+    """One question. Drawn tasks know `scene` and `query`; `source` says file and line of a row."""
 
     images: tuple[Image.Image, ...]
     question: str
@@ -160,7 +157,7 @@ def draw_scene(scene: Sequence[Fact], size: int, rng: np.random.Generator) -> Im
 
 
 def is_held_out(scene: Sequence[Fact]) -> bool:
-    """One scene in ten belongs to the evaluation, by its content: no scene is ever in both splits."""
+    """One scene in ten is for evaluation, by its content: no scene is ever in both splits."""
     content = ";".join(str(fact) for fact in scene)
     return hashlib.sha256(content.encode()).digest()[0] % 10 == 0
 
@@ -168,7 +165,7 @@ def is_held_out(scene: Sequence[Fact]) -> bool:
 def draw_example(
     task: str, rng: np.random.Generator, *, held_out: bool, size: int, objects: tuple[int, int]
 ) -> Example:
-    """An example of `task` from training or held-out scenes, with `objects` = (fewest, most) shapes."""
+    """An example from training or held-out scenes, with `objects` = (fewest, most) shapes."""
     kinds = [(color, shape) for color in COLORS for shape in SHAPES]
     while True:
         n = int(rng.integers(objects[0], objects[1] + 1))
@@ -194,7 +191,7 @@ def draw_example(
 
 
 def parse_facts(text: str) -> set[Fact]:
-    """The facts stated in a perception: cell, color, shape, in any sentence that has them in this order."""
+    """The facts in a perception: any sentence that has cell, color, shape in this order."""
     cell = "|".join(CELLS)
     color = "|".join(COLORS)
     shape = "|".join(SHAPES)
@@ -203,7 +200,7 @@ def parse_facts(text: str) -> set[Fact]:
 
 
 class DrawnTask:
-    """Endless batches and a fixed held-out set of one task. A batch depends on the seed and its step."""
+    """Endless batches, which depend on the seed and their step, and a fixed held-out set."""
 
     def __init__(self, task: str, *, seed: int = 0, size: int = 48, objects=(3, 4)):
         self.task = task
@@ -235,9 +232,9 @@ def respond(perception: str, reasoning: str, answer: str) -> str:
 def demonstrate(example: Example, noise: float, rng: np.random.Generator) -> str:
     """A response to imitate: the row's own, or one about a drawn scene.
 
-    In the latter every color and every shape is misstated with probability `noise`. Reasoning and answer
-    follow from what is stated, not from the image: consistent, and seeing things. InputError where the
-    example has neither a response nor a scene.
+    In the latter every color and every shape is misstated with probability `noise`. Reasoning and
+    answer follow from what is stated, not from the image: consistent, and seeing things.
+    InputError where the example has neither a response nor a scene.
     """
     if example.response:
         return example.response
@@ -259,12 +256,12 @@ def demonstrate(example: Example, noise: float, rng: np.random.Generator) -> str
     return respond(perception, example.query.reasoning(stated), answer)
 
 
-# --------------------------------------------------------------------------------------- the verifier
+# ---- the verifier
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is true of one response, each in [0, 1]; the last three are None without a known scene."""
+    """What is true of one response, each in [0, 1]; the last three need a known scene."""
 
     reward: (
         float  # 0.9 accuracy + 0.1 share of the tags in place; all of it for the whole form alone
@@ -290,10 +287,10 @@ WRAPPED = re.compile(r"""[*`]+(.+?)[*`]+|"(.+)"|'(.+)'|“(.+)”|‘(.+)’|\((
 
 
 def answers_match(given: str, truth: str) -> bool:
-    """Numbers are equal as numbers (3 = 3.0, 1,000 = 1000, 1/2 = 0.5), all else as words without case.
+    """Numbers are equal as numbers (3 = 3.0, 1,000 = 1000, 1/2 = 0.5), all else as words.
 
-    White space, markdown, quotes around the whole, parentheses around one word and the marks that end a
-    sentence do not count. Signs, units and symbols do: -5 cm is not 5 cm, and 5! is not 5.
+    White space, markdown, quotes around the whole, parentheses around one word and the marks that
+    end a sentence do not count. Signs, units and symbols do: -5 cm is not 5 cm, and 5! is not 5.
     """
     given = _plain_words(given)
     truth = _plain_words(truth)
@@ -330,11 +327,8 @@ def extract_answer(text: str) -> str | None:
     closing = f"</{TAGS.answer}>"
     if text.count(opening) != 1 or text.count(closing) != 1:
         return None
-    start = text.find(opening) + len(opening)
-    end = text.find(closing, start)
-    if end < 0:
-        return None
-    return text[start:end].strip()
+    inside, closed, _ = text.partition(opening)[2].partition(closing)
+    return inside.strip() if closed else None
 
 
 def tags_in_place(text: str) -> float:
@@ -382,15 +376,16 @@ def verify(text: str, example: Example, match=answers_match) -> Verdict:
     return replace(verdict, perception=f1, grounded=grounded, consistent=consistent)
 
 
-# -------------------------------------------------------------------------------------- your own rows
+# ---- your own rows
 
 
 class OwnTask:
-    """Your own rows of images, question and answer from a JSON-lines file, a tenth of the images held out.
+    """Your own rows of images, question and answer, a tenth of the images held out.
 
-    The split goes by a hash of the images' bytes, and images that share a row stay together: no image is
-    in both parts, under whatever name. All are decoded at the start, so that a broken one is reported in
-    the first minute and not in the fifth hour. With `eval_all` all rows are for evaluation.
+    The split goes by a hash of the images' bytes, and images that share a row stay together: no
+    image is in both parts, under whatever name. All are decoded at the start, so that a broken
+    one is reported in the first minute and not in the fifth hour. With `eval_all` all rows are
+    for evaluation.
     """
 
     def __init__(self, path: str | Path, seed: int = 0, eval_all: bool = False):
@@ -405,13 +400,12 @@ class OwnTask:
         held_out = set(images[: max(1, len(images) // 10)])
         if eval_all:
             held_out = set(images)
-        grown = True
-        while grown:  # images that share a row with a held-out one are held out as well
-            grown = False
+        size = 0
+        while size < len(held_out):  # images that share a row with a held-out one are held out, too
+            size = len(held_out)
             for row_images in digests:
-                if row_images & held_out and not row_images <= held_out:
+                if row_images & held_out:
                     held_out |= row_images
-                    grown = True
         self._eval = [row for row, images in zip(rows, digests, strict=True) if images & held_out]
         self._train = [
             row for row, images in zip(rows, digests, strict=True) if not images & held_out
@@ -422,7 +416,7 @@ class OwnTask:
             )
 
     def train_batch(self, step: int, n: int) -> list[Example]:
-        """Batch `step` of an endless stream; each epoch is a permutation of all rows, by the seed."""
+        """Batch `step` of an endless stream; each epoch is a permutation of all rows."""
         examples = []
         for position in range(step * n, (step + 1) * n):
             epoch, index = divmod(position, len(self._train))

@@ -1,4 +1,4 @@
-"""The policy: a vision-language model that samples responses and scores them. Qwen2-VL and its relatives.
+"""The policy: a vision-language model that samples responses and scores them. The Qwen-VL family.
 
     prompts = policy.encode(examples)             N prompts and their images
     rollout = policy.sample(prompts, G, ...)      B = N * G responses, [B, T]
@@ -7,16 +7,17 @@
 One row of a batch, a prompt of L columns and a response of T:
 
     column     0    1    2   ...  L-1  |   L    L+1   L+2   L+3
-    token     pad  pad   q1  ...   qn  |  o_1   o_2   EOS   pad     prompts padded left, responses right
-    mask       0    0    1   ...   1   |   1     1     1     0      EOS is trained, padding is not
+    token     pad  pad   q1  ...   qn  |  o_1   o_2   EOS   pad    prompts are padded left
+    mask       0    0    1   ...   1   |   1     1     1     0     EOS is trained, padding not
 
-The state at a column predicts the next one: that of qn predicts o_1, that of o_1 predicts o_2. A prompt is
-read once for all G responses. The *prompt cache* holds its keys and values, columns 0 to L-1, and the state
-of qn. Sampling adds one column at a time to a copy of it; scoring feeds o_1 .. o_(T-1) at once, and puts
-the state of qn in front of the states that come out.
+The state at a column predicts the next one: that of qn predicts o_1, that of o_1 predicts o_2. A
+prompt is read once for all G responses. The *prompt cache* holds its keys and values, columns 0
+to L-1, and the state of qn. Sampling adds one column at a time to a copy of it; scoring feeds o_1
+.. o_(T-1) at once, and puts the state of qn in front of the states that come out.
 
-M-RoPE gives every token three positions. Text counts up on all three axes; the visual tokens of an image,
-here 2 rows of 3, share one time and differ in height and width; text goes on one past the largest:
+M-RoPE gives every token three positions. Text counts up on all three axes; the visual tokens of
+an image, here 2 rows of 3, share one time and differ in height and width; text goes on one past
+the largest:
 
     token    <|im_start|>  v  v  v  v  v  v  How  many  |  o_1  o_2
     time           0       1  1  1  1  1  1   4    5    |   6    7
@@ -79,7 +80,7 @@ class PromptCache:
 
 @dataclass
 class Rollout:
-    """B = N * G sampled responses, those of a prompt next to each other, padded on the right to T."""
+    """B = N * G responses, those of a prompt next to each other, padded on the right to T."""
 
     ids: Tensor  # [B, T]
     mask: Tensor  # [B, T] bool, True up to and including EOS
@@ -99,7 +100,7 @@ class Rollout:
 
 
 class Policy:
-    """A model, its tokenizer and its image processor. The model stays in eval mode: no dropout, ever."""
+    """A model, its tokenizer and its image processor. Always in eval mode: no dropout, ever."""
 
     def __init__(self, model, tokenizer, image_processor, *, dtype=torch.float32, max_pixels=None):
         self.model = model.eval()
@@ -128,8 +129,8 @@ class Policy:
         self.pad = tokenizer.pad_token_id
         if self.pad is None:
             self.pad = self.eos[0]
-        # Neither sampled nor counted: placeholders, which would need image features in the next pass, and
-        # ids beyond the tokenizer, which have no text.
+        # Neither sampled nor counted: placeholders, which would need image features in the next
+        # pass, and ids beyond the tokenizer, which have no text.
         vocabulary = model.config.get_text_config().vocab_size
         placeholders = {self.image_token, model.config.video_token_id}
         forbidden = sorted(placeholders | set(range(len(tokenizer), vocabulary)))
@@ -140,10 +141,11 @@ class Policy:
         for word, index in tokenizer.get_vocab().items():
             self.bytes_of[index] = word.encode() if word in added else token_bytes(word)
 
-    # ------------------------------------------------------------------------------ prompts and responses
+    # ------------------------------------------------------------------------------ prompts and
+    # responses
 
     def fit(self, image: Image.Image) -> Image.Image:
-        """RGB image as the model wants it: whole patches, as many as the processor's limits allow."""
+        """RGB image as the model wants it: whole patches, within the processor's limits."""
         height, width = smart_resize(image.height, image.width, self.factor, *self.pixel_limits)
         return image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
 
@@ -204,7 +206,7 @@ class Policy:
         return responses
 
     def as_rollout(self, texts: list[str]) -> Rollout:
-        """Given texts as if sampled, one per prompt, each closed by EOS. Log-probs are unknown and 0."""
+        """Given texts as if sampled, one per prompt, each closed by EOS; log-probs are left 0."""
         rows = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         rows = [torch.tensor([*row, self.tokenizer.eos_token_id]) for row in rows]
         ids = pad_sequence(rows, batch_first=True, padding_value=self.pad).to(self.device)
@@ -213,7 +215,8 @@ class Policy:
         unknown = torch.zeros(ids.shape, device=self.device)
         return Rollout(ids, mask, unknown, unknown, torch.arange(len(ids), device=self.device))
 
-    # ------------------------------------------------------------------------------------------- sampling
+    # -------------------------------------------------------------------------------------------
+    # sampling
 
     @torch.no_grad()
     def sample(
@@ -230,7 +233,7 @@ class Policy:
         N, L = prompts.ids.shape
         prompt_cache = self.read_prompts(prompts, torch.arange(N, device=self.device))
         prompt = torch.arange(N, device=self.device).repeat_interleave(group_size)  # [B]
-        cache = cache_for_sampling(prompt_cache.keys_and_values, prompt, max_new_tokens)
+        cache = cache_for(prompt, prompt_cache.keys_and_values, max_new_tokens)
         state = prompt_cache.last_state[prompt]  # [B, H]
         B, T = len(prompt), max_new_tokens
         ids = torch.full((B, T), self.pad, device=self.device)
@@ -274,7 +277,8 @@ class Policy:
         entropy = entropy.masked_fill(~mask, 0)
         return Rollout(ids[:, :T], mask[:, :T], logp[:, :T], entropy[:, :T], prompt, prompt_cache)
 
-    # -------------------------------------------------------------------------------------------- scoring
+    # --------------------------------------------------------------------------------------------
+    # scoring
 
     def log_probs(
         self,
@@ -287,9 +291,11 @@ class Policy:
         """Log-probs of the sampled tokens, float32, with gradient unless under no_grad.
 
         Args:
-            visible: [B, T], response tokens that later ones can see; by default all. For step 3 give
+            visible: [B, T], response tokens that later ones can see; by default all. For step 3
+            give
                 `without_perception`. Hidden tokens are taken out, and positions count visible ones.
-            prompt_cache: of all prompts, by this policy with these weights; by default they are read.
+            prompt_cache: of all prompts, by this policy with these weights; by default they are
+            read.
         Returns:
             [B, T]; 0 at padding and at hidden tokens.
         """
@@ -322,7 +328,7 @@ class Policy:
                 ids[:, :-1],
                 attention_mask=torch.cat([prompts.mask[prompt], mask[:, :-1].long()], dim=1),
                 position_ids=positions[:, :, :-1],
-                past_key_values=cache_for_scoring(prompt_cache.keys_and_values, row_of_prompt),
+                past_key_values=cache_for(row_of_prompt, prompt_cache.keys_and_values),
             )
         return torch.cat([first, out.last_hidden_state], dim=1)
 
@@ -341,7 +347,7 @@ class Policy:
         return PromptCache(out.past_key_values, out.last_hidden_state[:, -1])
 
     def _score(self, states: Tensor, ids: Tensor, temperature: float) -> Tensor:
-        """[n, H], [n] -> log-probs [n]. Logits exist for a chunk at a time, and again in the backward
+        """[n, H], [n] -> log-probs [n]. Logits exist a chunk at a time, and again in the backward
         pass: with a vocabulary of 152,000 they would otherwise be most of the memory."""
 
         def score_chunk(states, ids):
@@ -355,7 +361,7 @@ class Policy:
         return torch.cat(scored)
 
     def _log_softmax(self, states: Tensor, temperature: float) -> Tensor:
-        """[n, H] -> [n, V] float32: the one place where pi is defined, in sampling and in scoring."""
+        """[n, H] -> [n, V] float32: the one place where pi is defined, to sample and to score."""
         with self._autocast():
             logits = self.model.lm_head(states)
         logits = logits.float() / temperature
@@ -372,7 +378,8 @@ class Policy:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
-    # ---------------------------------------------------------------------------------- adapters, folders
+    # ---------------------------------------------------------------------------------- adapters,
+    # folders
 
     def add_lora(self, rank: int, seed: int = 0, folder: str | None = None) -> None:
         """Freeze all but float32 low-rank adapters on the language model, new or from `folder`."""
@@ -424,22 +431,18 @@ def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     return index.clamp(max=cumulative.shape[1] - 1)
 
 
-# -------------------------------------------------------------------------------------------- the caches
+# ---- the caches
 
 
 class SamplingLayer(StaticLayer):
-    """Keys and values of one attention layer, with room for the tokens to come: nothing is copied."""
-
-    def __init__(self, keys: Tensor, values: Tensor, room: int):
-        super().__init__(keys.shape[2] + room)
-        self.update(keys, values)
+    """Keys and values of an attention layer, with room for the tokens to come."""
 
     def update(self, keys, values, *args, **kwargs):
         return super().update(keys, values.to(keys.dtype))  # under autocast they differ
 
 
 class ScoringLayer(DynamicLayer):
-    """Keys and values of the prompts. Those of the responses are returned behind them, and not kept."""
+    """Keys and values of the prompts; those of responses are returned behind them, and not kept."""
 
     def __init__(self, keys: Tensor, values: Tensor):
         super().__init__()
@@ -448,13 +451,11 @@ class ScoringLayer(DynamicLayer):
         self.is_initialized = True
 
     def update(self, keys, values, *args, **kwargs):
-        keys = torch.cat([self.keys, keys], dim=2)
-        values = torch.cat([self.values, values], dim=2)
-        return keys, values
+        return torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
 
 
 class ScoringState(LinearAttentionLayer):
-    """State of one recurrent layer after the prompts; what comes after the responses is not kept."""
+    """The same for the state of a recurrent layer, as Qwen3.5 has them."""
 
     def update_conv_state(self, conv_states, state_idx=0, **kwargs):
         return torch.cat([self.conv_states[state_idx], conv_states], dim=-1)
@@ -463,52 +464,40 @@ class ScoringState(LinearAttentionLayer):
         return recurrent_states
 
 
-def cache_for_sampling(cache: Cache, rows: Tensor, room: int) -> Cache:
-    """The prompts' cache, one entry for each of the prompts `rows` [B], with room for new tokens."""
+def cache_for(rows: Tensor, cache: Cache, new_tokens: int = 0) -> Cache:
+    """The prompts' cache with one entry for each of the prompts `rows` [B].
+
+    With room for `new_tokens`, to sample; or else for a pass over whole responses, which has a
+    gradient and leaves the cache as it is.
+    """
     layers = []
     for layer in cache.layers:
         if isinstance(layer, LinearAttentionLayer):
-            layers.append(copy_of_state(layer, rows, LinearAttentionLayer()))
+            copy = LinearAttentionLayer() if new_tokens else ScoringState()
+            LinearAttentionLayer.update_conv_state(copy, layer.conv_states[0][rows])
+            LinearAttentionLayer.update_recurrent_state(copy, layer.recurrent_states[0][rows])
+            copy.record_past = new_tokens == 0  # else a pass over one token writes over the state
+        elif new_tokens:
+            copy = SamplingLayer(layer.keys.shape[2] + new_tokens)
+            copy.update(layer.keys[rows], layer.values[rows])
         else:
-            layers.append(SamplingLayer(layer.keys[rows], layer.values[rows], room))
+            copy = ScoringLayer(layer.keys[rows], layer.values[rows])
+        layers.append(copy)
     return Cache(layers=layers)
 
 
-def cache_for_scoring(cache: Cache, rows: Tensor) -> Cache:
-    """The same for a single pass over whole responses, differentiable and left as it is by the pass."""
-    layers = []
-    for layer in cache.layers:
-        if isinstance(layer, LinearAttentionLayer):
-            state = copy_of_state(layer, rows, ScoringState())
-            state.record_past = True  # else a pass over one token would write over the state
-            layers.append(state)
-        else:
-            layers.append(ScoringLayer(layer.keys[rows], layer.values[rows]))
-    return Cache(layers=layers)
-
-
-def copy_of_state(layer: LinearAttentionLayer, rows: Tensor, new: LinearAttentionLayer):
-    new.device, new.dtype = layer.device, layer.dtype
-    new.conv_kernel_size = dict(layer.conv_kernel_size)
-    new.is_conv_states_initialized = dict(layer.is_conv_states_initialized)
-    new.is_recurrent_states_initialized = dict(layer.is_recurrent_states_initialized)
-    new.has_previous_state = dict(layer.has_previous_state)
-    new.conv_states = {i: x[rows] for i, x in layer.conv_states.items()}
-    new.recurrent_states = {i: x[rows] for i, x in layer.recurrent_states.items()}
-    return new
-
-
-# ---------------------------------------------------------------------------------------------- loading
+# ---- loading
 
 
 def load(
     name: str, *, device="cpu", dtype=torch.float32, seed=0, max_pixels=None, frozen=False
 ) -> Policy:
-    """The model tiny, random from `seed`, a folder, or a hub name, as float32 masters; else InputError.
+    """The model tiny, random from `seed`, a folder, or a hub name; else InputError.
 
     Args:
-        dtype: of computing; anything but float32 runs under autocast. With `frozen`, of the weights too.
-        max_pixels: area that images are shrunk to, below the image processor's own limit.
+        dtype: of computing; anything but float32 runs under autocast. With `frozen`, of the
+        weights too. max_pixels: area that images are shrunk to, below the image processor's own
+        limit.
     """
     if name == "tiny":
         return build_tiny(seed, device=device, dtype=dtype)
@@ -562,7 +551,7 @@ def is_tiny(name: str) -> bool:
         return False
 
 
-# --------------------------------------------------------------------------------------- the tiny model
+# ---- the tiny model
 
 TINY_TEMPLATE = (
     "{% for message in messages %}<|im_start|>"
@@ -603,45 +592,22 @@ def tiny_tokenizer():
 def build_tiny(seed: int = 0, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Policy:
     """A Qwen2-VL of 0.63 million random weights whose words are those of the drawn tasks."""
     tokenizer = tiny_tokenizer()
-    token_id = tokenizer.convert_tokens_to_ids
     spread = 0.08  # about 1 / sqrt(hidden_size); the usual 0.02 is for wide models
-    text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 1024,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 100.0,
-            "mrope_section": [4, 6, 6],
-        },
-        "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "initializer_range": spread,
-    }
-    vision = {
-        "depth": 1,
-        "embed_dim": 64,
-        "hidden_size": 128,
-        "num_heads": 4,
-        "patch_size": 8,
-        "initializer_range": spread,
-    }
-    config = transformers.Qwen2VLConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=token_id("<|image_pad|>"),
-        video_token_id=token_id("<|video_pad|>"),
-        vision_start_token_id=token_id("<|vision_start|>"),
-        vision_end_token_id=token_id("<|vision_end|>"),
-        tie_word_embeddings=True,
-        instruction="",
-        initializer_range=spread,
-    )
+    rope = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 6, 6]}
+    text = {"vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 256}
+    text.update(num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
+    text.update(max_position_embeddings=1024, rope_parameters=rope, initializer_range=spread)
+    text.update(bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
+    text.update(pad_token_id=tokenizer.pad_token_id)
+    vision = {"depth": 1, "embed_dim": 64, "hidden_size": 128, "num_heads": 4, "patch_size": 8}
+    vision.update(initializer_range=spread)
+    tokens = ["image_pad", "video_pad", "vision_start", "vision_end"]
+    marks = {}
+    for name in tokens:
+        index = tokenizer.convert_tokens_to_ids(f"<|{name}|>")
+        marks[f"{name.removesuffix('_pad')}_token_id"] = index
+    common = {"tie_word_embeddings": True, "initializer_range": spread, "instruction": ""}
+    config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, **marks, **common)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = transformers.Qwen2VLForConditionalGeneration(config)

@@ -2,23 +2,26 @@
 
 GRPO gives every token of a response the same advantage. SRPO splits a response
 
-    <perception> what is seen </perception> <reasoning> what follows </reasoning> <answer> ... </answer>
+    <perception> what is seen </perception> <reasoning> what follows </reasoning> <answer> ...
+    </answer>
 
-into perception and reasoning tokens and scales the advantage of each by a positive weight. Perception
-tokens count more where they depend on the image, reasoning tokens where they follow from the perception.
+into perception and reasoning tokens and scales the advantage of each by a positive weight.
+Perception tokens count more where they depend on the image, reasoning tokens where they follow
+from the perception.
 
     step 1      A       group_advantages         one advantage per response, exactly GRPO's
-    steps 2-4   delta   contrast_scores          how much the image, or the perception, explains a token
+    steps 2-4   delta   contrast_scores          what image, or perception, explains of a token
     step 5      b       shared_baseline          one number per response, common to both roles
     steps 6, 9  w       token_weights            positive, with mean 1 over the scored tokens
     step 7      A_hat   role_aware_advantages    one advantage per token
-    step 8      loss    policy_loss              GRPO's clipped surrogate, with A_hat in the place of A
+    step 8      loss    policy_loss              GRPO's clipped surrogate, with A_hat in place of A
 
-This is a reconstruction from the paper's abstract. The numbers of the steps are this project's, and the
-README lists what the abstract leaves open. To copy the file, take it whole: it needs torch alone.
+This is a reconstruction from the paper's abstract. The numbers of the steps are this project's,
+and the README lists what the abstract leaves open. To copy the file, take it whole: it needs
+torch alone.
 
-Shapes: [B, T] is responses x response positions. Entry t of a log-prob is log pi(o_t | everything before
-o_t), already shifted.
+Shapes: [B, T] is responses x response positions. Entry t of a log-prob is log pi(o_t | everything
+before o_t), already shifted.
 """
 
 import math
@@ -39,20 +42,21 @@ class Role(IntEnum):
     REASONING = 2
 
 
-# ------------------------------------------------------------------------------------ the nine steps
+# ---- the nine steps
 
 
 def group_advantages(rewards, group_size: int, eps: float = 1e-4) -> Tensor:
     """Step 1, the GRPO advantage: A_i = (r_i - mean r) / (std r + eps) over one prompt's responses.
 
     Args:
-        rewards: [B], the G responses of a prompt next to each other; a tensor or a sequence of numbers.
-        group_size: G, at least 2.
-        eps: keeps the division finite. The std is the sample one (divided by G - 1), as in the common
-            trainers: for rewards 1, 0, 0, 0 the first advantage is 1.50, not the 1.73 of the population
-            std.
+        rewards: [B], the G responses of a prompt next to each other; a tensor or a sequence of
+        numbers. group_size: G, at least 2. eps: keeps the division finite. The std is the sample
+        one (divided by G - 1), as in the common
+            trainers: for rewards 1, 0, 0, 0 the first advantage is 1.50, not the 1.73 of the
+            population std.
     Returns:
-        A, [B] float32 (float64 for float64 rewards); exactly 0 in a group whose rewards are all equal.
+        A, [B] float32 (float64 for float64 rewards); exactly 0 in a group whose rewards are all
+        equal.
     Raises ValueError: rewards are not [B], or do not divide into groups of two or more.
     """
     rewards = _at_least_float32(torch.as_tensor(rewards))
@@ -78,9 +82,9 @@ def contrast_scores(
     temperature, over the tokens that sampling allowed, and with dropout off.
 
     Args:
-        logp: [B, T], given the image and all earlier tokens.
-        logp_corrupted: [B, T], the same with the corrupted image; read at perception tokens.
-        logp_blank: [B, T], with the perception text hidden (`without_perception`); read at reasoning
+        logp: [B, T], given the image and all earlier tokens. logp_corrupted: [B, T], the same
+        with the corrupted image; read at perception tokens. logp_blank: [B, T], with the
+        perception text hidden (`without_perception`); read at reasoning
             tokens.
         roles: [B, T] of `Role` values, OTHER at padding.
         max_abs: Delta_max of step 4, in nats.
@@ -101,11 +105,11 @@ def contrast_scores(
 
 
 def without_perception(attention_mask: Tensor, roles: Tensor) -> Tensor:
-    """The empty perception of step 3: the perception text out of a response's attention mask, its tags in.
+    """The empty perception of step 3: the attention mask of a response without the perception text.
 
-    Everything from the first to the last perception token is hidden, white space too: its amount tells
-    what was seen. Count position ids over the result; then no later token of an attention model can tell
-    hidden tokens from removed ones. A recurrent model needs them removed.
+    Everything from the first to the last perception token is hidden, white space too: its amount
+    tells what was seen. Count position ids over the result; then no later token of an attention
+    model can tell hidden tokens from removed ones. A recurrent model needs them removed.
 
     Args:
         attention_mask: [B, T], 1 where a response token may be attended to.
@@ -122,7 +126,7 @@ def without_perception(attention_mask: Tensor, roles: Tensor) -> Tensor:
 
 
 def shared_baseline(scores: Tensor, roles: Tensor) -> Tensor:
-    """Step 5, the trajectory's baseline b: the mean contrast over perception and reasoning together.
+    """Step 5, the trajectory's baseline b: the mean contrast over both roles together.
 
     Args:
         scores: delta, [B, T].
@@ -141,15 +145,14 @@ def token_weights(
     """Steps 5, 6 and 9, the positive token weights w. Without gradient.
 
     Args:
-        scores: delta, [B, T].
-        roles: [B, T] of `Role` values.
-        tau: temperature in nats; the larger, the closer every weight is to 1.
-        w_min, w_max: limits of a weight before normalizing, by default those of RLSD (arXiv 2604.03128);
+        scores: delta, [B, T]. roles: [B, T] of `Role` values. tau: temperature in nats; the
+        larger, the closer every weight is to 1. w_min, w_max: limits of a weight before
+        normalizing, by default those of RLSD (arXiv 2604.03128);
             normalized weights lie in [w_min / w_max, w_max / w_min].
     Returns:
-        w, [B, T] float32 (float64 for float64), with mean 1 over a response's scored tokens, so that it
-        keeps its total advantage; 1 at OTHER tokens, and everywhere in a response that lacks perception
-        or reasoning tokens or has a contrast that is not finite (step 9).
+        w, [B, T] float32 (float64 for float64), with mean 1 over a response's scored tokens, so
+        that it keeps its total advantage; 1 at OTHER tokens, and everywhere in a response that
+        lacks perception or reasoning tokens or has a contrast that is not finite (step 9).
     Raises ValueError: the shapes differ, tau <= 0, or not 0 < w_min <= w_max.
     """
     _check_same_shape(scores=scores, roles=roles)
@@ -197,14 +200,15 @@ def policy_loss(
     clip_high: float = 0.2,
     denominator=None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Step 8, the clipped surrogate, as a loss to minimize. The KL term is apart: `kl_to_reference`.
+    """Step 8, the clipped surrogate, as a loss to minimize. For the KL term: `kl_to_reference`.
 
     Args:
-        logp, old_logp: [B, T], of the policy in training, with gradient, and of the one that sampled.
-        advantages: A_hat, [B, T], from `role_aware_advantages`, or A, [B], for plain GRPO.
-        mask: [B, T], non-zero at response tokens, EOS included, padding excluded; any dtype.
-        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
-        denominator: response tokens of the whole optimizer step. Give it when the step is split into
+        logp, old_logp: [B, T], of the policy in training, with gradient, and of the one that
+        sampled. advantages: A_hat, [B, T], from `role_aware_advantages`, or A, [B], for plain
+        GRPO. mask: [B, T], non-zero at response tokens, EOS included, padding excluded; any
+        dtype. clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+        denominator: response tokens of the whole optimizer step. Give it when the step is split
+        into
             micro-batches, so that the split does not matter; by default the tokens of this call.
     Returns:
         loss: scalar, float32 or better; 0 when the mask is empty.
@@ -231,14 +235,14 @@ def policy_loss(
 
 
 def kl_to_reference(logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
-    """KL[pi || pi_ref] of step 8: token mean of k3 = r - 1 - log r, r = pi_ref / pi (Schulman 2020).
+    """KL[pi || pi_ref] of step 8: token mean of k3 = r - 1 - log r, r = pi_ref / pi (Schulman).
 
     Args:
         logp, ref_logp: [B, T], of the policy in training, with gradient, and of the reference.
         mask: [B, T], as in `policy_loss`. The term is the same for every role: it is not weighted.
     Returns:
-        Scalar in nats per token, >= 0; 0 when the mask is empty. Of a micro-batch, scale it by its share
-        of the tokens.
+        Scalar in nats per token, >= 0; 0 when the mask is empty. Of a micro-batch, scale it by
+        its share of the tokens.
     Raises ValueError where the shapes differ.
     """
     _check_same_shape(logp=logp, ref_logp=ref_logp, mask=mask)
@@ -249,7 +253,7 @@ def kl_to_reference(logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
     return k3.sum() / is_response.sum().clamp(min=1)
 
 
-# --------------------------------------------------------------------------- text: tags and token roles
+# ---- text: tags and token roles
 
 
 @dataclass(frozen=True)
@@ -268,7 +272,7 @@ class Tags:
 
 @dataclass(frozen=True)
 class Response:
-    """A well-formed response: (start, end) characters of the text inside each block, without tags."""
+    """A well-formed response: the (start, end) characters of the text inside each block."""
 
     perception: tuple[int, int]
     reasoning: tuple[int, int]
@@ -280,8 +284,9 @@ def parse_response(text: str, tags: Tags = Tags()) -> Response | None:
 
         <perception>...</perception> <reasoning>...</reasoning> <answer>...</answer>
 
-    with each tag once, in this order, and nothing but white space outside the blocks. Inside a block any
-    text goes, over any number of lines, also none at all. Takes time linear in the length of `text`.
+    with each tag once, in this order, and nothing but white space outside the blocks. Inside a
+    block any text goes, over any number of lines, also none at all. Takes time linear in the
+    length of `text`.
     """
     spans = []
     end = 0  # where the block before this one ends
@@ -305,14 +310,13 @@ def parse_response(text: str, tags: Tags = Tags()) -> Response | None:
 def token_roles(text: str, offsets: Sequence[tuple[int, int]], tags: Tags = Tags()) -> Tensor:
     """Role of every token of a response.
 
-    A token has a block's role when it shares at least one non-space character with the text inside, also
-    when it straddles the tag, like the BPE token ">a" at the start of a block. Of two blocks, the first
-    wins.
+    A token has a block's role when it shares at least one non-space character with the text
+    inside, also when it straddles the tag, like the BPE token ">a" at the start of a block. Of
+    two blocks, the first wins.
 
     Args:
-        text: the decoded response.
-        offsets: one (start, end) character span per token, from the sampled ids (`text_and_offsets`).
-        tags: names of the blocks.
+        text: the decoded response. offsets: one (start, end) character span per token, from the
+        sampled ids (`text_and_offsets`). tags: names of the blocks.
     Returns:
         [T] long of `Role` values; all OTHER when the response is not well-formed, for step 9.
     """
@@ -332,11 +336,11 @@ def token_roles(text: str, offsets: Sequence[tuple[int, int]], tags: Tags = Tags
 
 
 def text_and_offsets(pieces: Sequence[bytes]) -> tuple[str, list[tuple[int, int]]]:
-    """Text of sampled tokens, and the characters that each token touches, from the bytes of each token.
+    """Text of sampled tokens, and the characters that each of them touches, from their bytes.
 
-    Encoding the decoded text again would not do: a sampled sequence need not be the tokenization that
-    the tokenizer itself would choose. A token that holds part of a multi-byte character touches the whole
-    character. Bytes that are not UTF-8 read as U+FFFD, one each.
+    Encoding the decoded text again would not do: a sampled sequence need not be the tokenization
+    that the tokenizer itself would choose. A token that holds part of a multi-byte character
+    touches the whole character. Bytes that are not UTF-8 read as U+FFFD, one each.
 
     Args:
         pieces: the raw bytes of each sampled token, without EOS and padding.
@@ -385,7 +389,7 @@ def _byte_level_alphabet() -> dict[str, int]:
 
 _BYTE_OF_CHARACTER = _byte_level_alphabet()
 
-# ---------------------------------------------------------------------------------- shapes and checks
+# ---- shapes and checks
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -395,7 +399,7 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 
 def _mean_over(x: Tensor, where: Tensor) -> Tensor:
-    """Row mean of x over `where`: [B, T] -> [B, 1]; 0 for a row without any. Elsewhere x may be NaN."""
+    """Row mean of x over `where`: [B, T] -> [B, 1]; 0 without any. Elsewhere x may be NaN."""
     total = x.masked_fill(~where, 0).sum(dim=1, keepdim=True)
     return total / where.sum(dim=1, keepdim=True).clamp(min=1)
 

@@ -1,26 +1,24 @@
 """Train a vision-language model with SRPO, or with GRPO on the same seeds and data (--algo grpo).
 
-    python train.py                                        the built-in tiny model, a minute on a CPU
+    python train.py                                      the built-in tiny model, a minute on a CPU
     python train.py --model Qwen/Qwen2-VL-2B-Instruct --data my.jsonl --out out/my-run
-    python train.py --resume out/my-run                    after a crash, from the last checkpoint
+    python train.py --resume out/my-run                  after a crash, from the last checkpoint
 
-Read `train` from top to bottom: sample, verify, score, weigh, update, report. What is drawn in step k
-depends on the seed and on k alone, so a resumed run is the same run.
+Read `train` from top to bottom: sample, verify, score, weigh, update, report. What is drawn in
+step k depends on the seed and on k alone, so a resumed run is the same run.
 """
 
 import argparse
-import contextlib
 import hashlib
-import importlib
 import json
 import math
 import os
+import re
 import runpy
 import shutil
 import signal
 import sys
 import time
-import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,10 +33,19 @@ import data
 import model
 from corrupt import CORRUPTIONS, corrupt
 from data import InputError, Verdict, averages, demonstrate, first_line, verify
-from srpo import Role, contrast_scores, group_advantages, kl_to_reference, policy_loss
-from srpo import role_aware_advantages, token_roles, token_weights, without_perception
+from srpo import (
+    Role,
+    contrast_scores,
+    group_advantages,
+    kl_to_reference,
+    policy_loss,
+    role_aware_advantages,
+    token_roles,
+    token_weights,
+    without_perception,
+)
 
-# What an option left out means: for the tiny model, for a real one, and for a real one with --lora.
+# What an option left out means: for the tiny model, a real one, and a real one with --lora.
 TINY = {"steps": 40, "prompts": 24, "max_new_tokens": 48, "micro_batch": 1024, "lr": 1e-4}
 TINY.update(image_size=48, warmup_steps=320, warmup_lr=2e-3, warmup_noise=0.25)
 REAL = {"steps": 200, "prompts": 8, "max_new_tokens": 512, "micro_batch": 8, "lr": 1e-6}
@@ -48,45 +55,46 @@ WARMUP_VERSION = 1  # raise it when a change alters the warmed-up tiny model, wh
 
 
 def train(args: argparse.Namespace, run: "Run") -> None:
-    """B responses of up to T tokens a step, G to each prompt; [b, T] is a micro-batch of the update."""
+    """B responses of up to T tokens a step, G to each prompt; [b, T] is a micro-batch of them."""
     task = build_task(args)
     judge = build_judge(args)
     weigh = build_weigh(args)
-    policy, reference, optimizer, steps_done = prepare(args, run)
+    policy, reference, optimizer, done = prepare(args, run)
     parameters = optimizer.param_groups[0]["params"]
     held_out = task.eval_set(args.eval_size)
     if not run.log():
         run.write(evaluate(policy, held_out, judge, args, step=0))
     idle_steps = 0
     credit = None
+    limits = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
     clip = {"clip_low": args.clip_low, "clip_high": args.clip_high}
-    steps = range(steps_done + 1, args.steps + 1)
-    bar = tqdm(steps, args.algo, initial=steps_done, total=args.steps, disable=None)
+    steps = range(done + 1, args.steps + 1)
+    bar = tqdm(steps, args.algo, initial=done, total=args.steps, disable=None)
     for step in bar:
         # 1. Sample G responses to each prompt.
         clock = [time.perf_counter()]
         examples = task.train_batch(step - 1, args.prompts)
         prompts = policy.encode(examples)
-        rollout = policy.sample(prompts, args.group_size, **sampling(args, generator(args, step)))
-        lengths = rollout.mask.sum(dim=1)  # [B], EOS included
-        batch_tokens = lengths.sum()
+        rng = generator(args, step)
+        rollout = policy.sample(prompts, args.group_size, generator=rng, **limits)
+        lengths = rollout.mask.sum(dim=1)  # [B], EOS included, padding excluded
         clock.append(time.perf_counter())
 
-        # 2. Verify: a reward for each response, compared within its group, and roles for its tokens.
+        # 2. Verify: a reward for each response, compared within its group.
         responses = policy.decode(rollout)
-        verdicts = []
-        for (text, _), i in zip(responses, rollout.prompt.tolist(), strict=True):
-            verdicts.append(judge(text, examples[i]))
+        questions = [examples[i] for i in rollout.prompt.tolist()]
+        pairs = zip(responses, questions, strict=True)
+        verdicts = [judge(text, example) for (text, _), example in pairs]
         rewards = [verdict.reward for verdict in verdicts]
         A = group_advantages(rewards, args.group_size).to(policy.device)  # [B], step 1
         used_groups = int(A.view(-1, args.group_size).any(dim=1).sum())
-        if args.kl_coef == 0:  # without advantage there is no gradient: leave these responses out
+        if args.kl_coef == 0:  # without advantage no gradient: these responses are left out
             used = A.nonzero()[:, 0]
             responses = [responses[i] for i in used.tolist()]
             rollout = rollout[used]
             A = A[used]
         roles = response_roles(responses, rollout)  # [B, T]
-        mask = rollout.mask  # [B, T], EOS included, padding excluded
+        mask = rollout.mask  # [B, T]
 
         # 3. Score the same tokens in other contexts, without gradient. GRPO needs none.
         if args.algo == "srpo":
@@ -94,41 +102,46 @@ def train(args: argparse.Namespace, run: "Run") -> None:
             logp_corrupted = score(policy, corrupted, rollout, args)  # [B, T], for step 2
             visible = without_perception(mask, roles)  # [B, T]
             cache = rollout.prompt_cache
-            logp_blank = score(policy, prompts, rollout, args, visible, cache)  # [B, T], for step 3
+            logp_blank = score(policy, prompts, rollout, args, visible, cache)  # for step 3
         if args.kl_coef > 0:
             ref_logp = reference_log_probs(policy, reference, prompts, rollout, args)  # [B, T]
         clock.append(time.perf_counter())
 
-        # 4. Weigh the tokens of each response. Here SRPO leaves GRPO, which gives all of them A.
+        # 4. Weigh the tokens of each response: here SRPO leaves GRPO, which gives them all A.
         if args.algo == "srpo":
             logps = (rollout.logp, logp_corrupted, logp_blank)
-            w = weigh(*logps, roles, A, entropy=rollout.entropy, **weighing(args, step))  # [B, T]
+            progress = (step - 1) / max(1, args.steps - 1)
+            context = {"entropy": rollout.entropy, "progress": progress}
+            options = {"tau": args.tau, "w_min": args.w_min, "w_max": args.w_max}
+            w = weigh(*logps, roles, A, **context, **options)  # [B, T], steps 2 to 6, and 9
             A_hat = role_aware_advantages(A, w, args.lam)  # [B, T], step 7
         else:
             w = torch.ones_like(rollout.logp)
             A_hat = A[:, None].expand_as(w)
 
-        # 5. Update: an optimizer step per inner epoch. The gradients of micro-batches add up.
-        totals = {"loss": 0.0, "clip_frac": 0.0, "kl": 0.0, "grad_norm": 0.0}
-        old_logp = torch.zeros_like(rollout.logp)  # [B, T]
+        # 5. Update: an optimizer step per inner epoch. Gradients of micro-batches add up.
+        totals = {"loss": 0.0, "clip_frac": 0.0, "kl": None, "grad_norm": 0.0}
+        if args.kl_coef > 0:
+            totals["kl"] = 0.0
+        old_logp = torch.zeros_like(rollout.logp)  # [B, T], pi_old
         for epoch in range(args.inner_epochs):
             for start in range(0, len(A), args.micro_batch):
                 rows = slice(start, start + args.micro_batch)
                 logp = policy.log_probs(prompts, rollout[rows], args.temperature)  # [b, T]
                 if epoch == 0:
-                    # This is pi_old. Sampling computed the same a token at a time, in `rollout.logp`:
-                    # that differs by rounding, and the first ratio would not be 1.
+                    # Nothing has been updated yet. `rollout.logp` is the same but for rounding,
+                    # as it was computed a token at a time; with this the first ratio is 1.
                     old_logp[rows] = logp.detach()
                 batch = (logp, old_logp[rows], A_hat[rows], mask[rows])
-                loss, stats = policy_loss(*batch, **clip, denominator=batch_tokens)  # [], step 8
+                loss, stats = policy_loss(*batch, **clip, denominator=lengths.sum())  # step 8
                 if args.kl_coef > 0:
-                    share = mask[rows].sum() / batch_tokens
-                    stats["kl"] = share * kl_to_reference(logp, ref_logp[rows], mask[rows])  # []
+                    share = mask[rows].sum() / lengths.sum()
+                    stats["kl"] = share * kl_to_reference(logp, ref_logp[rows], mask[rows])
                     loss = loss + args.kl_coef * stats["kl"]
-                    totals["kl"] += stats["kl"].item() / args.inner_epochs
                 loss.backward()
-                totals["loss"] += loss.item() / args.inner_epochs
-                totals["clip_frac"] += stats["clip_frac"].item() / args.inner_epochs
+                stats["loss"] = loss
+                for name in stats.keys() & totals.keys():
+                    totals[name] += stats[name].item() / args.inner_epochs
             totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -136,33 +149,22 @@ def train(args: argparse.Namespace, run: "Run") -> None:
 
         # 6. Report, evaluate, save.
         record = {"step": step, **averages(verdicts), **totals, "used_groups": used_groups}
-        record.update(
-            token_metrics(rollout, old_logp, roles, w, args), length=lengths.float().mean().item()
-        )
-        record.update(
-            sec_generate=clock[1] - clock[0],
-            sec_score=clock[2] - clock[1],
-            sec_update=clock[3] - clock[2],
-        )
+        record["length"] = lengths.float().mean().item()
+        record.update(token_metrics(rollout, old_logp, roles, w))
+        seconds = np.diff(clock).tolist()
+        record.update(sec_generate=seconds[0], sec_score=seconds[1], sec_update=seconds[2])
         run.write(record)
         bar.set_description(f"{args.algo}: accuracy {record['accuracy']:.2f}")
         credit = (responses, roles, w)
         idle_steps = 0 if used_groups else idle_steps + 1
         if idle_steps in (5, 50, 500):
             tqdm.write(why_idle(idle_steps, record, verdicts, lengths, args), file=sys.stderr)
-        if is_due(step, args.eval_every, args):
+        last = step == args.steps
+        if last or (args.eval_every and step % args.eval_every == 0):
             run.write(evaluate(policy, held_out, judge, args, step))
-        if is_due(step, args.save_every, args):
-            run.save(step, policy, optimizer)  # last: a checkpoint holds all records up to its step
+        if last or (args.save_every and step % args.save_every == 0):
+            run.save(step, policy, optimizer)  # last: a checkpoint holds all records so far
     summarize(run, credit)
-
-
-# ------------------------------------------------------------------------------ pieces of the loop
-
-
-def sampling(args, rng: torch.Generator) -> dict:
-    limits = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
-    return {**limits, "generator": rng}
 
 
 def generator(args, step: int, purpose: int = 0) -> torch.Generator:
@@ -193,12 +195,13 @@ def corrupted_copies(examples: list, policy, args, step: int) -> list:
 @torch.no_grad()
 def score(policy, prompts, rollout, args, visible=None, prompt_cache=None) -> Tensor:
     """Log-probs [B, T] of a rollout, without gradient, a micro-batch at a time."""
+    if visible is None:
+        visible = rollout.mask
     logp = torch.zeros_like(rollout.logp)
     for start in range(0, len(logp), args.micro_batch):
         rows = slice(start, start + args.micro_batch)
-        shown = None if visible is None else visible[rows]
-        part = rollout[rows]
-        logp[rows] = policy.log_probs(prompts, part, args.temperature, shown, prompt_cache)
+        context = (args.temperature, visible[rows], prompt_cache)
+        logp[rows] = policy.log_probs(prompts, rollout[rows], *context)
     return logp
 
 
@@ -214,55 +217,37 @@ def srpo_weights(logp, logp_corrupted, logp_blank, roles, A, *, tau, w_min, w_ma
     """w [B, T], steps 2 to 6 and 9. `--weights FILE.py:NAME` puts another function in its place.
 
     Args:
-        logp, logp_corrupted, logp_blank: [B, T], as in `srpo.contrast_scores`, at every token; the last is
-            0 at hidden ones.
-        roles: [B, T].
-        A: [B].
-        tau, w_min, w_max: options. And by keyword: entropy of the policy at each token, [B, T] in nats;
-            progress, from 0 in the first step to 1 in the last.
+        logp, logp_corrupted, logp_blank: [B, T], as in `srpo.contrast_scores`, of every token;
+            logp_blank is 0 at hidden ones.
+        roles: [B, T] of `Role` values.
+        A: [B], step 1.
+        tau, w_min, w_max: as the options say. Keywords that this reading does without: entropy
+            of the policy at each token, [B, T], nats; progress, 0 in the first step, 1 in the last.
     """
-    delta = contrast_scores(
-        logp, logp_corrupted, logp_blank, roles
-    )  # [B, T], step 2, step 3, step 4
+    delta = contrast_scores(logp, logp_corrupted, logp_blank, roles)  # step 2, step 3, step 4
     return token_weights(delta, roles, tau=tau, w_min=w_min, w_max=w_max)  # step 5, step 6, step 9
 
 
-def weighing(args, step: int) -> dict:
-    """Options of the weights in a step."""
-    progress = (step - 1) / max(1, args.steps - 1)
-    return {"tau": args.tau, "w_min": args.w_min, "w_max": args.w_max, "progress": progress}
-
-
-def token_metrics(rollout, old_logp, roles, w, args) -> dict:
-    """Means over the tokens of all responses that were used; None where there is no such token."""
-
-    def mean(x, where):
-        return x[where].mean().item() if where.any() else None
-
-    ratio_off = ((old_logp - rollout.logp).exp() - 1).abs()  # [B, T], by rounding alone
-    return {
-        "entropy": mean(rollout.entropy, rollout.mask),
-        "ratio_off": mean(ratio_off, rollout.mask),
-        "w_perception": mean(w, roles == Role.PERCEPTION),
-        "w_reasoning": mean(w, roles == Role.REASONING),
+def token_metrics(rollout, old_logp, roles, w) -> dict:
+    """Means over tokens of the responses that were used; None where there is no such token."""
+    ratio_off = ((old_logp - rollout.logp).exp() - 1).abs()  # by rounding alone
+    values = {
+        "entropy": rollout.entropy[rollout.mask],
+        "ratio_off": ratio_off[rollout.mask],
+        "w_perception": w[roles == Role.PERCEPTION],
+        "w_reasoning": w[roles == Role.REASONING],
     }
-
-
-def is_due(step: int, every: int, args) -> bool:
-    return step == args.steps or (every > 0 and step % every == 0)
+    return {name: x.mean().item() if len(x) else None for name, x in values.items()}
 
 
 def why_idle(steps: int, record: dict, verdicts, lengths, args) -> str:
-    """Why nothing is learned when all responses of each group have the same reward; what to try."""
-    n = len(verdicts)
-    cut_off = int((lengths == args.max_new_tokens).sum())
-    unformed = sum(verdict.format == 0 for verdict in verdicts)
-    right = sum(verdict.accuracy > 0.5 for verdict in verdicts)
-    if cut_off > n / 2:
+    """Why nothing is learned when all rewards of each group are the same, and what to try."""
+    most = len(verdicts) / 2
+    if (lengths == args.max_new_tokens).sum() > most:
         cause = "are cut off; try a larger --max-new-tokens"
-    elif unformed > n / 2:
+    elif sum(verdict.format == 0 for verdict in verdicts) > most:
         cause = "lack the tags; try --warmup-steps 30, which imitates demonstrations first"
-    elif right > n / 2:
+    elif sum(verdict.accuracy > 0.5 for verdict in verdicts) > most:
         cause = "are right; try harder data"
     else:
         cause = "are wrong; try easier data, a larger --group-size or --warmup-steps 30"
@@ -271,35 +256,38 @@ def why_idle(steps: int, record: dict, verdicts, lengths, args) -> str:
 
 
 def evaluate(policy, examples, judge, args, step: int, batch: int = 64) -> dict:
-    """Record of a response to each example, at the training temperature; the same draws every time."""
+    """Record of a response to each example, at the training temperature, always drawn alike."""
     rng = generator(args, 0, purpose=1)
+    limits = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
     texts = []
     for first in tqdm(range(0, len(examples), batch), "evaluating", leave=False, disable=None):
         prompts = policy.encode(examples[first : first + batch])
-        rollout = policy.sample(prompts, 1, **sampling(args, rng))
+        rollout = policy.sample(prompts, 1, generator=rng, **limits)
         texts += [text for text, _ in policy.decode(rollout)]
-    verdicts = [judge(text, example) for text, example in zip(texts, examples, strict=True)]
+    pairs = list(zip(texts, examples, strict=True))
+    means = averages([judge(text, example) for text, example in pairs])
     samples = []
-    for text, example in zip(texts[:3], examples[:3], strict=True):
-        samples.append({"question": example.question, "answer": example.answer, "response": text})
-    return {"step": step, "eval": {**averages(verdicts), "n": len(examples)}, "samples": samples}
+    for text, example in pairs[:3]:
+        sample = {"question": example.question, "answer": example.answer, "response": text}
+        samples.append(sample)
+    return {"step": step, "eval": {**means, "n": len(examples)}, "samples": samples}
 
 
 def summarize(run: "Run", credit) -> None:
-    """The first evaluation against the last, an answer before and after, the credit of one response."""
+    """The first evaluation against the last, one answer in both, the credit of one response."""
     evaluations = [record for record in run.log() if "eval" in record]
     first = evaluations[0]
     last = evaluations[-1]
-    n = last["eval"]["n"]
+    n = last["eval"].pop("n")
     print(f"\n{n} held-out examples: step {first['step']}, step {last['step']}")
     for name, value in last["eval"].items():
-        if name != "n" and value is not None:
+        if value is not None:
             print(f"{name:12}{first['eval'][name]:10.3f}{value:10.3f}")
     print("\n{question}  (answer: {answer})".format(**first["samples"][0]))
     print(f"step {first['step']}: {first['samples'][0]['response']}")
-    if last["step"] > first["step"]:
+    if last is not first:
         print(f"step {last['step']}: {last['samples'][0]['response']}")
-    if credit is not None and len(credit[0]):
+    if credit is not None and credit[0]:
         responses, roles, w = credit
         row = int((w - 1).square().sum(dim=1).argmax())  # the one with the most to see
         print("\nA response of the last step, and the weight of each token that is not 1, GRPO's:")
@@ -320,7 +308,7 @@ def with_weights(text: str, offsets, weights) -> str:
     return shown
 
 
-# ---------------------------------------------------------------------------- what the options ask for
+# ---- what the loop works with
 
 
 def build_task(args):
@@ -329,12 +317,17 @@ def build_task(args):
     return data.DrawnTask(args.task, seed=args.seed, size=args.image_size)
 
 
+def build_weigh(args):
+    if args.weights:
+        return load_function("--weights", args.weights)
+    return srpo_weights
+
+
 def build_judge(args):
-    """(response text, example) -> Verdict: `verify`, or what --reward names, a function -> float or Verdict."""
+    """(response text, example) -> Verdict: `verify`, or the function that --reward names."""
     if not args.reward:
         return verify
     function = load_function("--reward", args.reward)
-    file = args.reward.rpartition(":")[0]
 
     def judge(text: str, example: data.Example) -> Verdict:
         try:
@@ -344,26 +337,16 @@ def build_judge(args):
             if not math.isfinite(found.reward):
                 raise ValueError(f"{found.reward} is not finite")
             return found
-        except Exception as error:
-            lines = [
-                x.lineno for x in traceback.extract_tb(error.__traceback__) if x.filename == file
-            ]
-            where = f" in line {lines[-1]}" if lines else ""
-            said = f"{type(error).__name__}{where}, {first_line(error)}"
+        except Exception as error:  # whatever the function does
+            said = f"{type(error).__name__}, {first_line(error)}"
             asked = example.source or example.question
             raise InputError(f"--reward {args.reward}: {said}; {asked}") from None
 
     return judge
 
 
-def build_weigh(args):
-    if not args.weights:
-        return srpo_weights
-    return load_function("--weights", args.weights)
-
-
 def load_function(option: str, place: str):
-    """The function NAME of FILE.py, from FILE.py:NAME. InputError where there is none."""
+    """The function that FILE.py:NAME says, or InputError."""
     file, _, name = place.rpartition(":")
     try:
         return runpy.run_path(file)[name]
@@ -373,20 +356,18 @@ def load_function(option: str, place: str):
 
 
 def prepare(args, run: "Run"):
-    """Policy, reference (None: there is none, or it is the policy without adapters), optimizer, and the
-    number of steps already done."""
+    """Policy, reference (or None), optimizer, and the number of steps already done."""
     if args.model == "tiny":
         torch.set_num_threads(1)  # sharing products so small costs more than it gains
     initial = warmed_up(args, run)
     policy = load_policy(args, run.checkpoint() or initial)
     trained = trainable(policy, args)
-    reference = None
+    reference = None  # with adapters of its own it is the policy without them
     if args.kl_coef > 0 and (not args.lora or model.base_of_adapters(initial)):
         reference = load_policy(args, initial)
-    # With float32 master weights: at lr 1e-6 an update of a bf16 weight would be rounded away.
-    optimizer = torch.optim.AdamW(
-        trained, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
-    )
+    # Trained weights are float32: at lr 1e-6 an update of a bf16 weight would be rounded away.
+    options = {"lr": args.lr, "betas": (0.9, 0.99), "weight_decay": 0.0, "fused": True}
+    optimizer = torch.optim.AdamW(trained, **options)
     return policy, reference, optimizer, run.restore(optimizer, args.device)
 
 
@@ -406,15 +387,13 @@ def trainable(policy, args) -> list:
 
 
 def warmed_up(args, run: "Run") -> str:
-    """What RL starts from: --model, or a folder that holds it after a cold start, which is made once.
+    """What RL starts from: --model, or a folder with it after a cold start, which is made once.
 
-    The tiny model is fluent then, and sees things that are not there: that is what RL is to put right.
+    The tiny model is fluent then, and sees what is not there: that is for RL to put right.
     """
     folder = run.path / "warmed-up"
-    if (
-        args.model == "tiny" and not args.demonstrations
-    ):  # kept for other runs, by all it depends on
-        names = (
+    if args.model == "tiny" and not args.demonstrations:  # kept for other runs, by all it takes
+        names = [
             "task",
             "seed",
             "image_size",
@@ -422,9 +401,9 @@ def warmed_up(args, run: "Run") -> str:
             "warmup_steps",
             "warmup_lr",
             "warmup_noise",
-        )
-        made_by = [WARMUP_VERSION, torch.__version__, transformers.__version__]
-        made_by += [getattr(args, name) for name in names]
+        ]
+        versions = [WARMUP_VERSION, torch.__version__, transformers.__version__]
+        made_by = versions + [getattr(args, name) for name in names]
         key = hashlib.sha256(repr(made_by).encode()).hexdigest()[:16]
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         folder = Path(cache) / "srpo" / f"tiny-{key}"
@@ -438,7 +417,7 @@ def warmed_up(args, run: "Run") -> str:
 
 
 def imitate(policy, args) -> None:
-    """A cold start: supervised steps on demonstrations, the last fifth with wrong facts if so asked."""
+    """A cold start: supervised steps on demonstrations, the last fifth with --warmup-noise."""
     task = build_task(args)
     if args.demonstrations:
         task = data.OwnTask(args.demonstrations, args.seed)
@@ -446,20 +425,19 @@ def imitate(policy, args) -> None:
     batch = args.prompts
     if args.model == "tiny":
         parameters = list(policy.model.parameters())
-        batch = TINY["prompts"]  # of every run, so that runs can share it
-    optimizer = torch.optim.AdamW(
-        parameters, lr=1.0, betas=(0.9, 0.95), weight_decay=0.01, fused=True
-    )
+        batch = TINY["prompts"]  # whatever --prompts says, since runs share the result
+    options = {"lr": 1.0, "betas": (0.9, 0.95), "weight_decay": 0.01, "fused": True}
+    optimizer = torch.optim.AdamW(parameters, **options)
     true_steps = args.warmup_steps * 4 // 5
-    for step in tqdm(range(args.warmup_steps), "warm-up: imitating demonstrations", disable=None):
+    for step in tqdm(range(args.warmup_steps), "imitating demonstrations", disable=None):
         ramp = (step + 1) / 20
         decay = max(0.1, 1.1 - step / max(1, true_steps))
         optimizer.param_groups[0]["lr"] = args.warmup_lr * min(1, ramp, decay)
         noise = args.warmup_noise if step >= true_steps else 0.0
         rng = np.random.default_rng((args.seed, step, 3))
         examples = task.train_batch(10**6 + step, batch)  # not those of RL
-        written = policy.as_rollout([demonstrate(example, noise, rng) for example in examples])
         prompts = policy.encode(examples)
+        written = policy.as_rollout([demonstrate(example, noise, rng) for example in examples])
         for start in range(0, len(examples), args.micro_batch):
             rows = slice(start, start + args.micro_batch)
             logp = policy.log_probs(prompts, written[rows], temperature=1.0)
@@ -469,16 +447,16 @@ def imitate(policy, args) -> None:
         optimizer.zero_grad(set_to_none=True)
 
 
-# ------------------------------------------------------------------------------- the folder of a run
+# ---- the folder of a run
 
 
 class Run:
-    """The folder of a run. Whatever a kill leaves in it is whole, and resuming gives the same numbers."""
+    """The folder of a run. Whatever a kill leaves in it can be resumed, to the same numbers."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.metrics = self.path / "metrics.jsonl"
-        self.send = None  # of --log: a function (numbers, step)
+        self.send = None  # what --log gives: a function (numbers, step)
 
     def lock(self) -> None:
         """Keep the folder to this process, for as long as it lives."""
@@ -486,44 +464,33 @@ class Run:
         try:
             self.held.acquire(blocking=False)
         except Timeout:
-            raise InputError(
-                f"{self.path}: another process is at work there; stop it, or wait"
-            ) from None
+            said = "another process is at work there; stop it, or wait"
+            raise InputError(f"{self.path}: {said}") from None
 
     def claim(self, options: dict) -> None:
-        """Make the folder with the run's options, at once, so that whatever is there can be resumed."""
+        """Make the folder, with the run's options in it."""
         if any(file.name not in ("args.json", "lock") for file in self.path.glob("*")):
             raise InputError(f"--out {self.path}: not empty; --resume {self.path} goes on with it")
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock()
-        (self.path / "args.json").write_text(json.dumps(options, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(options, indent=1)
+        (self.path / "args.json").write_text(text + "\n", encoding="utf-8")
 
     def argv(self) -> list[str]:
         """The options that it was started with, to be checked again."""
         try:
-            options = json.loads((self.path / "args.json").read_text(encoding="utf-8"))
-            return ["".join(word) for word in options["argv"]]
+            text = (self.path / "args.json").read_text(encoding="utf-8")
+            return ["".join(word) for word in json.loads(text)["argv"]]
         except (OSError, ValueError, KeyError, TypeError):
-            raise InputError(
-                f"--resume {self.path}: not the folder of a run (no args.json)"
-            ) from None
-
-    def rewind(self) -> None:
-        """Back to the last checkpoint, which holds the records up to its step."""
-        self.lock()
-        checkpoint = self.checkpoint()
-        if checkpoint is None:
-            self.metrics.unlink(missing_ok=True)
-        else:
-            shutil.copy(checkpoint / "metrics.jsonl", self.metrics)
+            said = "not the folder of a run (no args.json there)"
+            raise InputError(f"--resume {self.path}: {said}") from None
 
     def log(self) -> list[dict]:
-        """Records of the run; a last line without an end, cut off by a kill, is none."""
+        """Records of the run, without a last line that a kill has cut off."""
         if not self.metrics.exists():
             return []
-        return [
-            json.loads(line) for line in self.metrics.read_text(encoding="utf-8").split("\n")[:-1]
-        ]
+        lines = self.metrics.read_text(encoding="utf-8").split("\n")[:-1]
+        return [json.loads(line) for line in lines]
 
     def write(self, record: dict) -> None:
         with open(self.metrics, "a", encoding="utf-8") as file:
@@ -535,15 +502,15 @@ class Run:
             self.send(numbers, record["step"])
 
     def checkpoint(self) -> Path | None:
-        """The last whole one; what a killed process left half written has another name."""
+        """The last whole one; what a kill has left half written has another name."""
         found = [
-            p
-            for p in self.path.glob("checkpoint-*")
-            if p.name[11:].isdecimal() and p.name.isascii()
+            p for p in self.path.glob("checkpoint-*") if re.fullmatch(r"[a-z]+-[0-9]+", p.name)
         ]
-        return max(found, key=lambda p: int(p.name[11:]), default=None)
+        return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
 
     def save(self, step: int, policy, optimizer) -> None:
+        """A checkpoint, in the place of the one before it."""
+
         def fill(folder):
             policy.save(folder)
             torch.save({"step": step, "optimizer": optimizer.state_dict()}, folder / "trainer.pt")
@@ -555,8 +522,15 @@ class Run:
             if old != checkpoint:
                 shutil.rmtree(old)
 
+    def rewind(self) -> None:
+        """Back to the records of the last checkpoint; what came after it is made again."""
+        self.lock()
+        self.metrics.unlink(missing_ok=True)
+        if self.checkpoint() is not None:
+            shutil.copy(self.checkpoint() / "metrics.jsonl", self.metrics)
+
     def restore(self, optimizer, device: str) -> int:
-        """Put the last checkpoint's state into the optimizer; the number of steps done."""
+        """The last checkpoint's state into the optimizer; returns the number of steps done."""
         checkpoint = self.checkpoint()
         if checkpoint is None:
             return 0
@@ -570,21 +544,19 @@ class Run:
 
 
 def write_folder(folder: Path, fill) -> None:
-    """Make `folder` whole or not at all: `fill` writes beside it, then it is renamed into place."""
+    """Make `folder` whole or not at all: `fill` writes beside it, then it is renamed."""
     beside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     try:
         beside.mkdir(parents=True, exist_ok=True)
         fill(beside)
         beside.rename(folder)
-    except (
-        Exception
-    ) as error:  # a full disk, too, which safetensors and torch report in their own ways
+    except Exception as error:  # a full disk, too, reported in ways of their own
         shutil.rmtree(beside, ignore_errors=True)
         if not folder.exists():  # else another process was first
             raise InputError(f"{folder}: cannot be written ({first_line(error)})") from None
 
 
-# --------------------------------------------------------------------------------------- the options
+# ---- the options
 
 
 class Parser(argparse.ArgumentParser):
@@ -603,49 +575,42 @@ def number(kind, low, high=math.inf):
 
 def build_parser() -> Parser:
     parser = Parser(allow_abbrev=False, description=__doc__.splitlines()[0])
+    whole = number(int, 0, 10**6)
     count = number(int, 1, 10**6)
     positive = number(float, 1e-12, 1e12)
     share = number(float, 0, 1)
+    function = "FILE.py:NAME"
 
-    def add(option, text, default=None, **kwargs):
+    def add(option, help, default=None, **kwargs):
         name = option[2:].replace("-", "_")
         if name in TINY:
-            text += f" (tiny: {TINY[name]:g}, a real model: {REAL[name]:g}"
+            help += f" (tiny: {TINY[name]:g}, a real model: {REAL[name]:g}"
             if REAL_LORA[name] != REAL[name]:
-                text += f", with --lora: {REAL_LORA[name]:g}"
-            text += ")"
+                help += f", with --lora: {REAL_LORA[name]:g}"
+            help += ")"
         elif default not in (None, False):
-            text += f" (else: {default})"
-        group.add_argument(option, default=default, help=text, **kwargs)
+            help += f" (else: {default})"
+        group.add_argument(option, default=default, help=help, **kwargs)
 
     group = parser.add_argument_group("what most people need first")
     add("--model", "tiny, a folder, or a hub name such as Qwen/Qwen2-VL-2B-Instruct", "tiny")
-    add(
-        "--data",
-        "JSON lines with image or images, question, answer; else a drawn task",
-        metavar="FILE",
-    )
+    add("--data", "JSON lines of image(s), question, answer; else a drawn task", metavar="FILE")
     add("--task", "which drawn task", "count", choices=data.TASKS)
-    add("--reward", "your own reward, (response text, example) -> float", metavar="FILE.py:NAME")
-    add(
-        "--algo",
-        "grpo gives every token of a response the same advantage",
-        "srpo",
-        choices=("srpo", "grpo"),
-    )
-    add("--steps", "optimizer steps; 0 only evaluates", type=number(int, 0))
+    add("--reward", "your own reward, (response text, example) -> float", metavar=function)
+    add("--algo", "grpo: the same advantage for every token", "srpo", choices=("srpo", "grpo"))
+    add("--steps", "optimizer steps; 0 only evaluates", type=whole)
     add("--lora", "train low-rank adapters only: pip install peft", metavar="RANK", type=count)
     add("--out", "folder of the run, new or empty (else: a new one in out/)", metavar="DIR")
     add("--resume", "go on with the run in DIR, with its own options", metavar="DIR")
-    add("--log", "where metrics go, too: extras/loggers.py:wandb", metavar="FILE.py:NAME")
+    add("--log", "send metrics there, too, as extras/loggers.py:wandb does", metavar=function)
     group = parser.add_argument_group("method")
-    add("--corruption", "how images are corrupted for step 2", "patch", choices=list(CORRUPTIONS))
-    add("--corruption-p", "how strongly", 0.6, type=share)
+    add("--corruption", "of images, for step 2", "patch", choices=list(CORRUPTIONS))
+    add("--corruption-p", "how strong it is", 0.6, type=share)
     add("--tau", "temperature of step 6, nats", 1.0, type=positive)
-    add("--w-min", "smallest weight of step 6, before normalizing", 0.8, type=positive)
-    add("--w-max", "largest weight of step 6, before normalizing", 1.2, type=positive)
+    add("--w-min", "smallest weight in step 6, before they are normalized", 0.8, type=positive)
+    add("--w-max", "largest weight in step 6, before they are normalized", 1.2, type=positive)
     add("--lam", "lambda of step 7; 0 is GRPO", 1.0, type=share)
-    add("--weights", "another reading of steps 2 to 6: see srpo_weights", metavar="FILE.py:NAME")
+    add("--weights", "in the place of steps 2 to 6: see srpo_weights", metavar=function)
     add("--group-size", "G, responses to each prompt", 8, type=number(int, 2, 10**4))
     add("--temperature", "of sampling, and of every log-prob", 1.0, type=number(float, 1e-3))
     add("--kl-coef", "beta of step 8; 0 loads no reference", 0.0, type=number(float, 0))
@@ -656,27 +621,21 @@ def build_parser() -> Parser:
     add("--max-new-tokens", "longest response", type=count)
     add("--inner-epochs", "optimizer steps on each batch of responses", 1, type=count)
     add("--lr", "learning rate of AdamW", type=positive)
-    add(
-        "--train-vision", "train the vision tower too, frozen otherwise", False, action="store_true"
-    )
+    add("--train-vision", "the vision tower, too, else frozen", False, action="store_true")
     add("--seed", "of everything that is drawn at random", 0, type=number(int, 0, 2**62))
     group = parser.add_argument_group("memory and machine")
     add("--micro-batch", "responses in memory at a time, in scoring and update", type=count)
-    add("--max-pixels", "area that images are shrunk to (else: the model's)", type=number(int, 1))
+    add("--max-pixels", "area that images are shrunk to (else: the model's)", type=count)
     add("--device", "cpu, cuda, cuda:1 ...", "cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", "of computing (else: bfloat16 on cuda)", choices=("float32", "bfloat16"))
     group = parser.add_argument_group("evaluation and checkpoints")
-    add("--eval-every", "steps between evaluations; 0: before and after", 20, type=number(int, 0))
+    add("--eval-every", "steps between evaluations; 0: only before and after", 20, type=whole)
     add("--eval-size", "held-out examples", 256, type=number(int, 1, 10**5))
     add("--eval-all", "hold out all rows of --data", False, action="store_true")
-    add("--save-every", "steps between checkpoints; 0: only the last", 20, type=number(int, 0))
+    add("--save-every", "steps between checkpoints; 0: only the last", 20, type=whole)
     group = parser.add_argument_group("cold start, and drawn tasks")
-    add("--warmup-steps", "imitate demonstrations first", type=number(int, 0))
-    add(
-        "--demonstrations",
-        "rows as in --data with a response; else of the drawn task",
-        metavar="FILE",
-    )
+    add("--warmup-steps", "imitate demonstrations first", type=whole)
+    add("--demonstrations", "rows as in --data with a response; else drawn", metavar="FILE")
     add("--warmup-lr", "learning rate of that", type=positive)
     add("--warmup-noise", "rate of wrong facts in the last fifth of it", type=share)
     add("--image-size", "side of drawn images in pixels", type=number(int, 24, 4096))
@@ -699,7 +658,7 @@ def presets(args: argparse.Namespace) -> dict:
 
 
 def resolve_options(argv: list[str]) -> argparse.Namespace:
-    """All options with their values, checked. InputError, or an exit with 2, where they cannot be."""
+    """All options with their values, checked."""
     args = build_parser().parse_args(argv)
     for name, value in presets(args).items():
         if getattr(args, name) is None:
@@ -720,33 +679,31 @@ def resolve_options(argv: list[str]) -> argparse.Namespace:
 
 def open_run(argv: list[str]) -> tuple[argparse.Namespace, Run]:
     """The options, and the folder of the run, claimed or gone back to."""
-    folder = build_parser().parse_args(argv).resume
-    if folder:
+    args = build_parser().parse_args(argv)
+    if args.resume:
+        run = Run(args.resume)
         given = {word.split("=")[0] for word in argv if word.startswith("--")}
-        refused = given - {"--resume", "--steps", "--micro-batch"}
-        if refused:
-            said = f"not with --resume, which takes the options of {folder}"
-            raise InputError(f"{min(refused)}: {said}")
-        args = resolve_options([*Run(folder).argv(), *argv])
-        run = Run(folder)
+        for option in sorted(given - {"--resume", "--steps", "--micro-batch"}):
+            said = f"not with --resume, which takes the options of {args.resume}"
+            raise InputError(f"{option}: {said}")
+        args = resolve_options([*run.argv(), *argv])
         run.rewind()
     else:
         args = resolve_options(argv)
         run = Run(args.out or new_folder(args))
         run.claim({"argv": argv, **vars(args)})
     if args.log:
-        start = load_function("--log", args.log)
-        run.send = start(run.path, vars(args))
+        run.send = load_function("--log", args.log)(run.path, vars(args))
     return args, run
 
 
 def new_folder(args) -> Path:
     name = f"{Path(args.model).name}-{args.algo}-seed{args.seed}"
-    path = Path("out") / name
-    number = 2
+    path = Path("out", name)
+    number = 1
     while path.exists():
-        path = Path("out") / f"{name}-{number}"
         number += 1
+        path = Path("out", f"{name}-{number}")
     return path
 
 
@@ -762,9 +719,7 @@ def main(argv: list[str] | None = None) -> int:
         args, run = open_run(sys.argv[1:] if argv is None else argv)
         train(args, run)
         return 0
-    except (
-        KeyboardInterrupt
-    ) as stop:  # a step or checkpoint in progress is dropped, what was whole stays
+    except KeyboardInterrupt as stop:  # what was whole stays, a step in progress is dropped
         went = f"go on with: python train.py --resume {run.path}" if run else "nothing was begun"
         print(f"\nstopped; {went}", file=sys.stderr)
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
@@ -772,9 +727,10 @@ def main(argv: list[str] | None = None) -> int:
         said = str(error)  # not the error, which would keep the run, and its lock
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
         known = ("not enough memory", "can't allocate memory", "out of memory")
-        if not isinstance(error, MemoryError) and not any(words in str(error) for words in known):
+        if not isinstance(error, MemoryError) and not any(x in str(error) for x in known):
             raise
-        said = "out of memory: lower --micro-batch, --max-new-tokens or --max-pixels, or train with --lora 16"
+        ways = "--micro-batch, --max-new-tokens or --max-pixels, or train with --lora 16"
+        said = f"out of memory: lower {ways}"
     print(f"error: {said}", file=sys.stderr)
     return 2
 
