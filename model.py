@@ -90,13 +90,8 @@ class Rollout:
     prompt_cache: PromptCache | None = None  # of all prompts, by the policy that sampled
 
     def __getitem__(self, rows: Tensor) -> "Rollout":
-        ids, mask, logp, entropy = (
-            self.ids[rows],
-            self.mask[rows],
-            self.logp[rows],
-            self.entropy[rows],
-        )
-        return Rollout(ids, mask, logp, entropy, self.prompt[rows], self.prompt_cache)
+        per_row = (self.ids, self.mask, self.logp, self.entropy, self.prompt)
+        return Rollout(*[x[rows] for x in per_row], self.prompt_cache)
 
 
 class Policy:
@@ -114,9 +109,7 @@ class Policy:
         self.instruction = getattr(model.config, "instruction", INSTRUCTION)
 
         self.patch = image_processor.patch_size
-        self.factor = (
-            self.patch * image_processor.merge_size
-        )  # pixels along a side of a visual token
+        self.factor = self.patch * image_processor.merge_size  # side of a visual token in pixels
         largest = image_processor.size["longest_edge"]  # an area, whatever its name says
         if max_pixels is not None:
             largest = min(largest, max(max_pixels, self.factor**2))
@@ -141,9 +134,6 @@ class Policy:
         for word, index in tokenizer.get_vocab().items():
             self.bytes_of[index] = word.encode() if word in added else token_bytes(word)
 
-    # ------------------------------------------------------------------------------ prompts and
-    # responses
-
     def fit(self, image: Image.Image) -> Image.Image:
         """RGB image as the model wants it: whole patches, within the processor's limits."""
         height, width = smart_resize(image.height, image.width, self.factor, *self.pixel_limits)
@@ -156,9 +146,7 @@ class Policy:
         grids = out["image_grid_thw"].split([len(example.images) for example in examples])
         pixels = out["pixel_values"].split([int(grid.prod(1).sum()) for grid in grids])
         rows = [self._tokenize(e, grid) for e, grid in zip(examples, grids, strict=True)]
-        ids = pad_sequence(rows, batch_first=True, padding_value=self.pad, padding_side="left")
-        ones = [torch.ones_like(row) for row in rows]
-        mask = pad_sequence(ones, batch_first=True, padding_side="left")
+        ids, mask = self._pad(rows, side="left")
         positions, _ = self.model.model.get_rope_index(
             input_ids=ids,
             mm_token_type_ids=(ids == self.image_token).int(),
@@ -167,9 +155,14 @@ class Policy:
         )
         pixels = [x.to(self.device) for x in pixels]
         grids = [x.to(self.device) for x in grids]
-        return Prompts(
-            ids.to(self.device), mask.to(self.device), positions.to(self.device), pixels, grids
-        )
+        ids, mask, positions = (x.to(self.device) for x in (ids, mask, positions))
+        return Prompts(ids, mask, positions, pixels, grids)
+
+    def _pad(self, rows: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
+        """Token ids of each row -> ids and mask, [rows, longest], the mask 0 at padding."""
+        ids = pad_sequence(rows, True, self.pad, padding_side=side)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], True, padding_side=side)
+        return ids, mask
 
     def _tokenize(self, example: Example, grid: Tensor) -> Tensor:
         """[images, 3] -> token ids of one prompt, with a placeholder for each visual token."""
@@ -178,13 +171,10 @@ class Policy:
             parts = [example.question, example.hint, self.instruction]
             question = "\n".join(part for part in parts if part)
         chat = [{"role": "user", "content": chat_content(question, len(grid))}]
-        text = self.tokenizer.apply_chat_template(
-            chat, tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
-        if text.rstrip().endswith("<think>"):
-            text += (
-                "</think>\n\n"  # some templates open it whatever was asked; it would eat the tags
-            )
+        options = {"add_generation_prompt": True, "enable_thinking": False}
+        text = self.tokenizer.apply_chat_template(chat, tokenize=False, **options)
+        if text.rstrip().endswith("<think>"):  # opened whatever was asked: it would eat the tags
+            text += "</think>\n\n"
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if ids.count(self.image_token) != len(grid):
             placeholder = self.tokenizer.convert_ids_to_tokens(self.image_token)
@@ -209,24 +199,14 @@ class Policy:
         """Given texts as if sampled, one per prompt, each closed by EOS; log-probs are left 0."""
         rows = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         rows = [torch.tensor([*row, self.tokenizer.eos_token_id]) for row in rows]
-        ids = pad_sequence(rows, batch_first=True, padding_value=self.pad).to(self.device)
-        ones = [torch.ones(len(row), dtype=torch.bool) for row in rows]
-        mask = pad_sequence(ones, batch_first=True).to(self.device)
+        ids, mask = self._pad(rows, side="right")
         unknown = torch.zeros(ids.shape, device=self.device)
-        return Rollout(ids, mask, unknown, unknown, torch.arange(len(ids), device=self.device))
-
-    # -------------------------------------------------------------------------------------------
-    # sampling
+        prompt = torch.arange(len(ids), device=self.device)
+        return Rollout(ids.to(self.device), mask.bool().to(self.device), unknown, unknown, prompt)
 
     @torch.no_grad()
     def sample(
-        self,
-        prompts: Prompts,
-        group_size: int,
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        generator,
+        self, prompts: Prompts, group_size: int, *, max_new_tokens, temperature, generator
     ) -> Rollout:
         """Sample G responses per prompt from pi at `temperature`: no top-k, no top-p, no penalties,
         whatever generation_config says. Raises InputError when the policy has diverged."""
@@ -235,7 +215,8 @@ class Policy:
         prompt = torch.arange(N, device=self.device).repeat_interleave(group_size)  # [B]
         cache = cache_for(prompt, prompt_cache.keys_and_values, max_new_tokens)
         state = prompt_cache.last_state[prompt]  # [B, H]
-        B, T = len(prompt), max_new_tokens
+        B = len(prompt)
+        T = max_new_tokens
         ids = torch.full((B, T), self.pad, device=self.device)
         mask = torch.zeros(B, T, dtype=torch.bool, device=self.device)
         logp = torch.zeros(B, T, device=self.device)
@@ -277,25 +258,15 @@ class Policy:
         entropy = entropy.masked_fill(~mask, 0)
         return Rollout(ids[:, :T], mask[:, :T], logp[:, :T], entropy[:, :T], prompt, prompt_cache)
 
-    # --------------------------------------------------------------------------------------------
-    # scoring
-
     def log_probs(
-        self,
-        prompts: Prompts,
-        rollout: Rollout,
-        temperature: float,
-        visible: Tensor | None = None,
-        prompt_cache: PromptCache | None = None,
+        self, prompts: Prompts, rollout: Rollout, temperature, visible=None, prompt_cache=None
     ) -> Tensor:
         """Log-probs of the sampled tokens, float32, with gradient unless under no_grad.
 
         Args:
             visible: [B, T], response tokens that later ones can see; by default all. For step 3
-            give
-                `without_perception`. Hidden tokens are taken out, and positions count visible ones.
-            prompt_cache: of all prompts, by this policy with these weights; by default they are
-            read.
+                `without_perception`. Hidden tokens are taken out; positions count visible ones.
+            prompt_cache: of all prompts, by this policy as it is; by default they are read.
         Returns:
             [B, T]; 0 at padding and at hidden tokens.
         """
@@ -307,10 +278,8 @@ class Policy:
         order = order[:, : int(visible.sum(dim=1).max())]  # [B, K]
         ids = rollout.ids.gather(1, order)
         mask = visible.gather(1, order)
-        states = self._response_states(
-            prompts, ids, mask, rollout.prompt, prompt_cache
-        )  # [B, K, H]
-        logp = self._score(states[mask], ids[mask], temperature)  # [n]
+        states = self._response_states(prompts, ids, mask, rollout.prompt, prompt_cache)
+        logp = self._score(states[mask], ids[mask], temperature)  # [B, K, H], [B, K] -> [n]
         return torch.zeros_like(rollout.logp).masked_scatter(visible, logp)  # back in place
 
     def _response_states(self, prompts, ids, mask, prompt, prompt_cache) -> Tensor:
@@ -378,16 +347,14 @@ class Policy:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
-    # ---------------------------------------------------------------------------------- adapters,
-    # folders
-
     def add_lora(self, rank: int, seed: int = 0, folder: str | None = None) -> None:
         """Freeze all but float32 low-rank adapters on the language model, new or from `folder`."""
         try:
             import peft
         except ImportError:
             raise InputError("--lora and its folders need peft: pip install peft") from None
-        self.model.to(self.dtype)  # frozen weights need no float32 masters
+        for parameter in self.model.parameters():  # frozen weights need no float32 masters
+            parameter.data = parameter.data.to(self.dtype)  # but buffers do: rotary frequencies
         if folder is not None:
             adapter = peft.PeftModel.from_pretrained(self.model, folder, is_trainable=True)
         else:
@@ -422,11 +389,10 @@ def chat_content(question: str, n_images: int) -> list[dict]:
 
 def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     """[n, V] -> a drawn index per row, [n, 1]. `multinomial` would draw a number per index."""
-    cumulative = probabilities.double().cumsum(
-        dim=1
-    )  # float32 would bend the tail of a large vocabulary
-    shape = (len(cumulative), 1)
-    u = torch.rand(shape, dtype=torch.float64, device=cumulative.device, generator=generator)
+    # In float32 the sum over a large vocabulary would bend the tail.
+    cumulative = probabilities.double().cumsum(dim=1)  # [n, V]
+    options = {"dtype": torch.float64, "device": cumulative.device, "generator": generator}
+    u = torch.rand(len(cumulative), 1, **options)
     index = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
     return index.clamp(max=cumulative.shape[1] - 1)
 
@@ -495,9 +461,8 @@ def load(
     """The model tiny, random from `seed`, a folder, or a hub name; else InputError.
 
     Args:
-        dtype: of computing; anything but float32 runs under autocast. With `frozen`, of the
-        weights too. max_pixels: area that images are shrunk to, below the image processor's own
-        limit.
+        dtype: of computing; all but float32 under autocast. With `frozen`, of the weights, too.
+        max_pixels: area that images are shrunk to, below the image processor's own limit.
     """
     if name == "tiny":
         return build_tiny(seed, device=device, dtype=dtype)
@@ -525,9 +490,7 @@ def load(
             raise ValueError("no chat template with images (chat_template.json or .jinja)")
         eyes = Qwen2VLImageProcessorPil.from_pretrained(name)
         return Policy(model.to(device), tokenizer, eyes, dtype=dtype, max_pixels=max_pixels)
-    except (
-        Exception
-    ) as error:  # what is not there, not whole, or not of this kind fails in many ways
+    except Exception as error:  # what is not there, or not whole, fails in many ways
         raise InputError(f"--model {name}: cannot be used ({first_line(error)})") from None
 
 
