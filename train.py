@@ -421,11 +421,12 @@ def imitate(policy, args) -> None:
     task = build_task(args)
     if args.demonstrations:
         task = data.OwnTask(args.demonstrations, args.seed)
-    parameters = trainable(policy, args)
-    batch = args.prompts
     if args.model == "tiny":
-        parameters = list(policy.model.parameters())
+        parameters = list(policy.model.parameters())  # the vision tower, too, which is random
         batch = TINY["prompts"]  # whatever --prompts says, since runs share the result
+    else:
+        parameters = trainable(policy, args)
+        batch = args.prompts
     options = {"lr": 1.0, "betas": (0.9, 0.95), "weight_decay": 0.01, "fused": True}
     optimizer = torch.optim.AdamW(parameters, **options)
     true_steps = args.warmup_steps * 4 // 5
