@@ -406,14 +406,14 @@ class OwnTask:
             for row_images in digests:
                 if row_images & held_out:
                     held_out |= row_images
-        self._eval = [row for row, images in zip(rows, digests, strict=True) if images & held_out]
-        self._train = [
-            row for row, images in zip(rows, digests, strict=True) if not images & held_out
-        ]
+        self._eval = []
+        self._train = []
+        for row, row_images in zip(rows, digests, strict=True):
+            split = self._eval if row_images & held_out else self._train
+            split.append(row)
         if not self._train and not eval_all:
-            raise InputError(
-                f"{path}: needs rows with at least two different images, one to hold out"
-            )
+            needed = "needs rows with at least two different images, one to hold out"
+            raise InputError(f"{path}: {needed}")
 
     def train_batch(self, step: int, n: int) -> list[Example]:
         """Batch `step` of an endless stream; each epoch is a permutation of all rows."""
@@ -438,9 +438,7 @@ class OwnTask:
             if not isinstance(images, list) or not images or isinstance(answer, list | dict | None):
                 raise TypeError
             answer = str(answer)
-            "".join(
-                [question, answer, response, *images]
-            ).encode()  # texts, without lone surrogates
+            "".join([question, answer, response, *images]).encode()  # no lone surrogates
         except (ValueError, KeyError, TypeError):
             needed = "needs image (or a list, images), question, answer"
             raise InputError(f"{source}: {needed}") from None

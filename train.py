@@ -668,6 +668,8 @@ def resolve_options(argv: list[str]) -> argparse.Namespace:
         args.dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
     if args.w_min > args.w_max:
         raise InputError(f"--w-min {args.w_min}: above --w-max {args.w_max}")
+    if args.eval_all and args.steps > 0:
+        raise InputError("--eval-all: leaves no rows to train on; give --steps 0, too")
     if args.lora and args.train_vision:
         raise InputError("--train-vision: not with --lora, which freezes the vision tower")
     try:

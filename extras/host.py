@@ -1,7 +1,7 @@
-"""What the adapters to TRL, verl and EasyR1 share. Copy it, srpo.py and one adapter beside your script.
+"""What the adapters to TRL, verl and EasyR1 share. Copy it and srpo.py with the adapter.
 
-An adapter takes three things from its trainer: the sampled ids, the advantages, and log-probs of the same
-tokens in three contexts. Here they become roles and A_hat.
+An adapter takes three things from its trainer: the sampled ids, the advantages, and log-probs of
+the same tokens in three contexts. Here they become roles and A_hat.
 """
 
 import torch
@@ -18,14 +18,18 @@ from srpo import (
     token_weights,
 )
 
+TAGS = Tags()
 
-def roles_of(ids: Tensor, mask: Tensor, shown, tokenizer, tags: Tags = Tags()) -> Tensor:
+# -------------------------------------------------------------------------------------------- roles
+
+
+def roles_of(ids: Tensor, mask: Tensor, has_image, tokenizer, tags: Tags = TAGS) -> Tensor:
     """Roles of sampled responses.
 
     Args:
         ids: [B, T].
         mask: [B, T], 1 at response tokens, 0 at the padding after them.
-        shown: B truth values, whether there is an image; without one a response is all OTHER (step 9).
+        has_image: B truth values; a response to a prompt without an image is all OTHER (step 9).
         tokenizer: of Hugging Face, with a byte-level vocabulary.
         tags: names of the blocks.
     Returns:
@@ -33,15 +37,30 @@ def roles_of(ids: Tensor, mask: Tensor, shown, tokenizer, tags: Tags = Tags()) -
     Raises:
         ValueError: the vocabulary is not byte-level.
     """
-    added, special = tokenizer.get_added_vocab(), {None, *tokenizer.all_special_tokens}
+    added = tokenizer.get_added_vocab()
+    special = tokenizer.all_special_tokens
+    lengths = mask.sum(dim=1).tolist()
     roles = torch.full_like(ids, Role.OTHER, dtype=torch.long)
-    for row, (n, has_image) in enumerate(zip(mask.sum(1).tolist(), shown, strict=True)):
-        if not has_image:
+    for row, (length, shown) in enumerate(zip(lengths, has_image, strict=True)):
+        if not shown:
             continue
-        tokens = tokenizer.convert_ids_to_tokens(ids[row, :n].tolist())
-        pieces = [b"" if t in special else t.encode() if t in added else token_bytes(t) for t in tokens]
-        roles[row, :n] = token_roles(*text_and_offsets(pieces), tags).to(roles.device)
+        tokens = tokenizer.convert_ids_to_tokens(ids[row, :length].tolist())
+        pieces = [bytes_of(token, added, special) for token in tokens]
+        text, offsets = text_and_offsets(pieces)
+        roles[row, :length] = token_roles(text, offsets, tags).to(roles.device)
     return roles
+
+
+def bytes_of(token: str | None, added, special) -> bytes:
+    """The bytes of a token; none for a special one, and none for an id beyond the tokenizer."""
+    if token is None or token in special:
+        return b""
+    if token in added:
+        return token.encode()
+    return token_bytes(token)
+
+
+# ------------------------------------------------------------------------------------------ weights
 
 
 def weigh(
@@ -63,21 +82,33 @@ def weigh(
         logp, logp_corrupted, logp_blank: [B, T], as in `srpo.contrast_scores`.
         lam: lambda of step 7; 0 is GRPO, bit for bit.
         arrived: do not check again that corrupted pixels reach the model.
-        weight_options: arguments of `srpo.token_weights`.
+        weight_options: tau, w_min and w_max of `srpo.token_weights`.
     Returns:
         A_hat, w and delta, each [B, T].
     Raises:
-        RuntimeError: perception tokens have contrasts and every one is 0, the silent failure of this method.
+        RuntimeError: perception tokens have contrasts and every one is 0. The corrupted pixels were
+            lost on their way, and without this check nothing would say so.
         ValueError: shapes, lam or options that srpo.py refuses.
     """
     delta = contrast_scores(logp, logp_corrupted, logp_blank, roles)
-    seen = delta[(roles == Role.PERCEPTION) & delta.isfinite()]  # NaN tells neither of a change nor of none
-    if not arrived and len(seen) and not seen.any():
-        raise RuntimeError(
-            "no perception token's log-prob depends on the image: the corrupted pixels do not reach the model"
-        )
+    if not arrived:
+        contrasts = perception_contrasts(delta, roles)
+        if len(contrasts) > 0 and not contrasts.any():
+            raise RuntimeError(
+                "no perception token's log-prob depends on the image: "
+                "the corrupted pixels do not reach the model"
+            )
     w = token_weights(delta, roles, **weight_options)
-    return role_aware_advantages(advantages, w, lam), w, delta
+    A_hat = role_aware_advantages(advantages, w, lam)
+    return A_hat, w, delta
+
+
+def perception_contrasts(delta: Tensor, roles: Tensor) -> Tensor:
+    """[n]: the contrasts of perception tokens, without NaN, which says nothing of the image."""
+    return delta[(roles == Role.PERCEPTION) & delta.isfinite()]
+
+
+# --------------------------------------------------------------------------------- corrupted pixels
 
 
 def corrupt_pixels(pixel_values: Tensor, image_grid_thw: Tensor, p: float, seed: int) -> Tensor:
@@ -89,15 +120,16 @@ def corrupt_pixels(pixel_values: Tensor, image_grid_thw: Tensor, p: float, seed:
     Returns:
         The shape of `pixel_values`; a new tensor.
     """
-    images = pixel_values.split(image_grid_thw.prod(1).tolist())
+    patches_of_image = image_grid_thw.prod(dim=1).tolist()
+    images = pixel_values.split(patches_of_image)
     return torch.cat([corrupt_patches(image, p, seed) for image in images])
 
 
 def corrupt_patches(patches: Tensor, p: float, seed: int) -> Tensor:
-    """A patch mask for processed images: a share p of the patches in the image's mean color (step 2).
+    """A patch mask for a processed image: a share p of the patches in its mean color (step 2).
 
-    The draw depends on the image and the seed alone, so all responses to one prompt share it, on whatever
-    process.
+    The draw depends on the image and the seed alone, so all responses to one prompt share it, on
+    whatever process.
 
     Args:
         patches: [patches, channels * pixels] of one image, three channels.
@@ -110,12 +142,18 @@ def corrupt_patches(patches: Tensor, p: float, seed: int) -> Tensor:
     """
     if not 0 <= p <= 1:
         raise ValueError(f"p must lie in [0, 1], got {p}")
+    n = len(patches)
+    generator = torch.Generator().manual_seed((digest(patches) + seed * 1000003) % 2**63)
+    hit = torch.zeros(n, 1, dtype=torch.bool)
+    hit[torch.randperm(n, generator=generator)[: round(p * n)]] = True
+    by_channel = patches.reshape(n, 3, -1)  # [patches, channels, pixels]
+    mean_color = by_channel.mean(dim=(0, 2))[None, :, None]  # [1, channels, 1]
+    filled = mean_color.expand_as(by_channel).reshape(patches.shape)
+    return torch.where(hit.to(patches.device), filled, patches)
+
+
+def digest(patches: Tensor) -> int:
+    """A number that tells images apart, for the seed."""
     bits = patches.detach().float().contiguous().view(torch.int32).flatten().long()
-    position = torch.arange(len(bits), device=bits.device)
-    digest = (bits * (position * 2654435761 + 1)).sum().item()  # of the image, modulo 2^64
-    generator = torch.Generator().manual_seed((digest + seed * 1000003) % 2**63)
-    hit = torch.zeros(len(patches), 1, dtype=torch.bool)
-    hit[torch.randperm(len(patches), generator=generator)[: round(p * len(patches))]] = True
-    channels = patches.reshape(len(patches), 3, -1)
-    mean = channels.mean((0, 2))[None, :, None].expand_as(channels).reshape(patches.shape)
-    return torch.where(hit.to(patches.device), mean, patches)
+    place = torch.arange(len(bits), device=bits.device)
+    return (bits * (place * 2654435761 + 1)).sum().item()  # int64 sums wrap around, modulo 2^64
