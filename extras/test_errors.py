@@ -1,0 +1,237 @@
+"""Tests of bad input: one clear line that names option, file or row, exit code 2, nothing lost.
+
+pip install pytest, then python -m pytest -q extras/test_errors.py
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import model  # noqa: E402
+import train  # noqa: E402
+from test_srpo import (  # noqa: E402, F401
+    NAN,
+    ONE,
+    QUICK,
+    cache,
+    jsonl,
+    policy,
+)
+
+
+def complaint(capsys, *argv):
+    """The one line that `train.py` answers to bad input."""
+    capsys.readouterr()
+    try:
+        code = train.main([str(word) for word in argv])
+    except SystemExit as stop:
+        code = stop.code
+    stderr = capsys.readouterr().err
+    assert code == 2, stderr
+    assert stderr.startswith("error: "), stderr
+    assert stderr.count("\n") == 1, stderr
+    return stderr
+
+
+# ---- options
+
+BAD_OPTIONS = [  # TMP is a folder with what `folders` puts there
+    ("--model TMP/none", "none"),
+    ("--model no-such-owner/no-such-model", "no-such-owner"),
+    ("--model TMP/empty", "empty"),
+    ("--model TMP/text-only", "not one of qwen2_vl,"),
+    ("--model TMP/cut", "cannot be used"),
+    ("--device cuda:99", "cuda:99"),
+    ("--device banana", "banana"),
+    ("--device meta", "meta"),
+    ("--seed 999999999999999999999999999999", "seed"),
+    ("--group-size 1", "group-size"),
+    ("--temperature nan", "temperature"),
+    ("--prompts 0", "prompts"),
+    ("--temperature 0", "temperature"),
+    ("--lr x", "lr"),
+    ("--tau x", "tau"),
+    ("--tau -1", "tau"),
+    ("--tau inf", "tau"),
+    ("--lam 2", "lam"),
+    ("--corruption melt", "melt"),
+    ("--corruption-p 2", "corruption-p"),
+    ("--w-min 0", "w-min"),
+    ("--w-min 3", "--w-max 1.2"),
+    ("--w-max inf", "w-max"),
+    ("--task chess", "chess"),
+    ("--out TMP/file/sub", "Not a directory"),
+    ("--what", "--what"),
+    ("--resume TMP/none", "not the folder of a run"),
+    ("--resume TMP/text-only", "not the folder of a run"),
+    ("--reward TMP/file", "--reward"),
+    ("--reward TMP/file:g", "no such function"),
+    ("--weights TMP/file:g", "no such function"),
+    ("--log TMP/file:g", "no such function"),
+    ("--lora 4", "pip install peft"),
+    ("--lora 4 --train-vision", "--train-vision"),
+    ("--eval-all", "--steps 0"),
+]
+
+
+@pytest.fixture
+def folders(tmp_path, policy):  # noqa: F811
+    (tmp_path / "text-only").mkdir()
+    (tmp_path / "text-only/config.json").write_text('{"model_type": "qwen2"}')
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    policy.save(tmp_path / "cut")
+    (weights,) = (tmp_path / "cut").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:5000])
+    return tmp_path
+
+
+@pytest.mark.parametrize(("options", "said"), BAD_OPTIONS)
+def test_a_bad_option_is_named(options, said, capsys, folders, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)  # as if it were not installed
+    argv = options.replace("TMP", str(folders)).split()
+    if "--out" not in argv and "--resume" not in argv:
+        argv += ["--out", folders / "out"]
+    assert said in complaint(capsys, *argv)
+
+
+# ---- the folder of a run
+
+
+@pytest.fixture
+def used(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    options = {"argv": ["--lr", "1e-4"], "lr": 1e-4}
+    (folder / "args.json").write_text(json.dumps(options))
+    (folder / "metrics.jsonl").write_text('{"step": 0, "eval": {}}\n')
+    return folder
+
+
+def test_a_used_folder_is_not_written_over(capsys, used):
+    before = (used / "args.json").read_text()
+    assert f"--resume {used}" in complaint(capsys, "--out", used)
+    assert (used / "args.json").read_text() == before
+    assert (used / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("options", [["--lr", "0.5"], ["--out", "other"]])
+def test_a_resumed_run_keeps_its_options(capsys, used, options):
+    assert options[0] in complaint(capsys, "--resume", used, *options)
+
+
+def test_options_changed_by_hand_meet_the_same_checks(capsys, used):
+    (used / "args.json").write_text(json.dumps({"argv": ["--lr", "fast"]}))
+    assert "--lr" in complaint(capsys, "--resume", used)
+
+
+# ---- while it runs
+
+
+def test_divergence_is_said(capsys, tmp_path, monkeypatch):
+    def lost(self, states, temperature):
+        return torch.full((len(states), 50), NAN)
+
+    monkeypatch.setattr(model.Policy, "_log_softmax", lost)
+    said = complaint(capsys, *QUICK, "--warmup-steps", 0, "--out", tmp_path / "out")
+    assert "the policy has diverged" in said
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
+def test_too_little_memory_names_the_ways_out(capsys, tmp_path, monkeypatch, error):
+    def fail(args, run):
+        raise error
+
+    monkeypatch.setattr(train, "prepare", fail)
+    said = complaint(capsys, "--out", tmp_path / "out")
+    for option in ("--micro-batch", "--max-new-tokens", "--max-pixels", "--lora"):
+        assert option in said
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [("float('nan')", "not finite"), ("1 / 0", "ZeroDivisionError")]
+)
+def test_a_reward_that_fails_names_its_question(capsys, tmp_path, value, said):
+    file = tmp_path / "my.py"
+    file.write_text(f"def reward(text, example):\n    return {value}\n")
+    options = [*ONE, "--warmup-steps", 0, "--reward", f"{file}:reward"]
+    message = complaint(capsys, *options, "--out", tmp_path / "out")
+    assert said in message
+    assert "my.py:reward" in message
+    assert "How many" in message
+
+
+# ---- your data
+
+ROW = {"image": "0.png", "question": "q", "answer": "a"}
+BAD_ROWS = [
+    ({"image": "gone.png"}, "No such file"),
+    ({"image": "short.png"}, "cannot be read"),
+    ({"image": "text.png"}, "cannot be read"),
+    ({"image": "big.png"}, "too large"),
+    ({"image": "long.png"}, "200 to 1"),
+    ({"image": "."}, "cannot be read"),
+    ({"images": []}, "needs"),
+    ({"images": "0.png"}, "needs"),
+    ({"answer": None}, "needs"),
+    ({"answer": ["a"]}, "needs"),
+    ({"question": "\ud83d"}, "needs"),
+    ({"answer": "\ud83d"}, "needs"),
+    ({"answer": " ."}, "blank"),
+    ({"question": "<|image_pad|>"}, "placeholder"),
+    ({"question": "<image><image>"}, "1 <image>"),
+    ({"response": "<answer>1</answer>"}, "lacks the form"),
+]
+BAD_LINES = [
+    ('{"image": "0.png", "question"', "expected one JSON object"),
+    ('{"image": "0.png", "question": "q"}', "needs"),
+    ("[1]", "expected one JSON object"),
+    ("[" * 100_000, "expected one JSON object"),
+]
+BAD_LINES += [(json.dumps({**ROW, **change}), said) for change, said in BAD_ROWS]
+
+
+@pytest.mark.parametrize(("line", "said"), BAD_LINES)
+def test_a_bad_row_is_named_by_file_and_line(
+    line,
+    said,
+    capsys,
+    tmp_path,
+    jsonl,  # noqa: F811
+    monkeypatch,
+):
+    path = jsonl(line)
+    (tmp_path / "short.png").write_bytes((tmp_path / "0.png").read_bytes()[:60])
+    (tmp_path / "text.png").write_text("no image")
+    Image.new("L", (1500, 1000)).save(tmp_path / "big.png")
+    Image.new("L", (900, 2)).save(tmp_path / "long.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10**6)
+    message = complaint(capsys, "--data", path, "--out", tmp_path / "out")
+    assert said in message
+    assert "rows.jsonl:3:" in message
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"), [([], "empty"), ([json.dumps(ROW)] * 3, "two different images")]
+)
+def test_files_without_rows_to_train_on_are_refused(lines, said, capsys, tmp_path, jsonl):  # noqa: F811
+    assert said in complaint(capsys, "--data", jsonl(lines=lines), "--out", tmp_path / "out")
+
+
+def test_a_file_that_is_no_text_is_refused(capsys, tmp_path, jsonl):  # noqa: F811
+    jsonl()
+    said = complaint(capsys, "--data", tmp_path / "0.png", "--out", tmp_path / "out")
+    assert "cannot be read" in said
+
+
+def test_a_run_that_never_started_leaves_its_folder_free(capsys, tmp_path, jsonl):  # noqa: F811
+    out = tmp_path / "out"
+    for _ in range(2):
+        assert "rows.jsonl:3:" in complaint(capsys, "--data", jsonl("[1]"), "--out", out)
