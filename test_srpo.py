@@ -1169,7 +1169,7 @@ def test_any_answer_is_compared_in_a_moment(unit):
 
 @pytest.fixture
 def jsonl(tmp_path):
-    """Writes 20 rows with 10 images, or given lines, or one of the rows replaced; gives the path."""
+    """Writes 20 rows with 10 images, given lines, or one row replaced; gives the path."""
     rows = []
     for i in range(20):
         row = {"image": f"{i % 10}.png", "question": "How many red?", "answer": i % 3}
@@ -1257,6 +1257,20 @@ def run(out, *argv):
     evaluations = [record for record in log if "eval" in record]
     steps = [record for record in log if "eval" not in record]
     return evaluations, steps
+
+
+def complaint(capsys, *argv):
+    """The one line that `train.py` answers to bad input."""
+    capsys.readouterr()
+    try:
+        code = train.main([str(word) for word in argv])
+    except SystemExit as stop:
+        code = stop.code
+    stderr = capsys.readouterr().err
+    assert code == 2, stderr
+    assert stderr.startswith("error: "), stderr
+    assert stderr.count("\n") == 1, stderr
+    return stderr
 
 
 def numbers(out):

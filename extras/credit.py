@@ -1,14 +1,13 @@
-"""Responses of a policy with the credit of every token, found as the loop of train.py finds it.
+"""Responses of a policy with the credit of every token, for report.py and contrast.py.
 
-The same steps as paragraphs 1 to 4 of the loop, for what shows them (report.py) or measures them
-(contrast.py): there they stand in one piece, here they can be asked for one at a time.
+All of it is made by the pieces of train.py's loop, called in the loop's order: what is shown is
+what is trained. The loop leaves responses without advantage out; here they stay, with weight 1.
 """
 
 import argparse
 import json
 import sys
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -19,120 +18,136 @@ from torch import Tensor  # noqa: E402
 
 import model  # noqa: E402
 import train  # noqa: E402
-from corrupt import corrupt  # noqa: E402
-from data import InputError, OwnTask, Verdict, verify  # noqa: E402
+from data import Example, InputError, Verdict  # noqa: E402
 from srpo import (  # noqa: E402
-    Role,
     contrast_scores,
     group_advantages,
     role_aware_advantages,
-    token_roles,
-    token_weights,
     without_perception,
 )
 
 
 @dataclass
-class Credit:
-    """B responses of up to T tokens, and everything about them that the loop knows."""
+class Batch:
+    """B responses of up to T tokens to N prompts: paragraphs 1 and 2 of the loop."""
 
+    examples: list[Example]  # N of them
+    prompts: model.Prompts
     rollout: model.Rollout
-    responses: list[tuple[str, list]]  # text, and the characters of each token
+    responses: list[tuple[str, list]]  # text, and the characters that each token touches
     verdicts: list[Verdict]
     A: Tensor  # [B]
     roles: Tensor  # [B, T]
-    scored: Tensor  # [B, T], the same, but none where A = 0: there is nothing to weigh
-    delta: Tensor  # [B, T], 0 with --algo grpo
-    w: Tensor  # [B, T], 1 with --algo grpo
-    A_hat: Tensor  # [B, T]
+
+    def __getitem__(self, rows: Tensor) -> "Batch":
+        """These responses alone; the prompts stay."""
+        return replace(
+            self,
+            rollout=self.rollout[rows],
+            responses=[self.responses[row] for row in rows.tolist()],
+            verdicts=[self.verdicts[row] for row in rows.tolist()],
+            A=self.A[rows],
+            roles=self.roles[rows],
+        )
+
+
+@dataclass
+class Credit:
+    """The credit of its tokens: paragraphs 3 and 4 of the loop, each [B, T]."""
+
+    delta: Tensor  # the contrasts of steps 2 to 4; 0 where A = 0 and under GRPO, not measured there
+    w: Tensor  # 1 where A = 0 and under GRPO
+    A_hat: Tensor
+
+
+def sample(policy: model.Policy, examples: list[Example], args, step: int) -> Batch:
+    """The batch of a step: responses to the examples, their rewards, the roles of their tokens."""
+    prompts = policy.encode(examples)
+    limits = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
+    rng = train.generator(args, step)
+    rollout = policy.sample(prompts, args.group_size, generator=rng, **limits)
+    responses = policy.decode(rollout)
+    judge = train.build_judge(args)
+    questions = [examples[i] for i in rollout.prompt.tolist()]
+    pairs = zip(responses, questions, strict=True)
+    verdicts = [judge(text, example) for (text, _), example in pairs]
+    rewards = [verdict.reward for verdict in verdicts]
+    A = group_advantages(rewards, args.group_size).to(policy.device)  # [B], step 1
+    roles = train.response_roles(responses, rollout)  # [B, T]
+    return Batch(examples, prompts, rollout, responses, verdicts, A, roles)
+
+
+def corrupted_log_probs(policy: model.Policy, batch: Batch, args, step: int) -> Tensor:
+    """[B, T], for step 2."""
+    corrupted = policy.encode(train.corrupted_copies(batch.examples, policy, args, step))
+    return train.score(policy, corrupted, batch.rollout, args)
+
+
+def blank_log_probs(policy: model.Policy, batch: Batch, args) -> Tensor:
+    """[B, T], for step 3."""
+    visible = without_perception(batch.rollout.mask, batch.roles)  # [B, T]
+    cache = batch.rollout.prompt_cache
+    return train.score(policy, batch.prompts, batch.rollout, args, visible, cache)
+
+
+def weights(batch: Batch, logp_corrupted: Tensor, logp_blank: Tensor, args, step: int) -> Tensor:
+    """w [B, T], SRPO's or those of --weights."""
+    weigh = train.build_weigh(args)
+    logps = (batch.rollout.logp, logp_corrupted, logp_blank)
+    progress = (step - 1) / max(1, args.steps - 1)
+    progress = min(1.0, progress)  # the run may be over
+    context = {"entropy": batch.rollout.entropy, "progress": progress}
+    options = {"tau": args.tau, "w_min": args.w_min, "w_max": args.w_max}
+    return weigh(*logps, batch.roles, batch.A, **context, **options)
+
+
+def credit(policy: model.Policy, batch: Batch, args, step: int) -> Credit:
+    """What the responses are credited with in a step."""
+    delta = torch.zeros_like(batch.rollout.logp)  # [B, T]
+    w = torch.ones_like(delta)
+    used = batch.A.nonzero()[:, 0]
+    if args.algo == "grpo":
+        return Credit(delta, w, batch.A[:, None].expand_as(w))
+    if len(used) > 0:
+        part = batch[used]
+        logp_corrupted = corrupted_log_probs(policy, part, args, step)
+        logp_blank = blank_log_probs(policy, part, args)
+        delta[used] = contrast_scores(part.rollout.logp, logp_corrupted, logp_blank, part.roles)
+        w[used] = weights(part, logp_corrupted, logp_blank, args, step)
+    return Credit(delta, w, role_aware_advantages(batch.A, w, args.lam))
 
 
 def finished(folder: Path) -> tuple[argparse.Namespace, model.Policy, int]:
     """Options of a run, the policy of its last checkpoint, and the step of that.
 
-    Raises:
-        InputError: there is no checkpoint, or it cannot be loaded.
+    Raises InputError: there is no checkpoint, it cannot be loaded, or options of today are missing.
     """
-    args = argparse.Namespace(**json.loads((folder / "args.json").read_text(encoding="utf-8")))
-    if not (checkpoint := train.Run(folder).checkpoint()):
+    options = read_options(folder)
+    checkpoint = train.Run(folder).checkpoint()
+    if checkpoint is None:
         raise InputError(f"{folder}: holds no checkpoint, so nothing can be sampled")
-    if "choice" not in args:
+    known = vars(train.build_parser().parse_args([]))
+    if not set(known) <= set(options):
         raise InputError(f"{folder}: made by an earlier version, so nothing can be sampled")
+    args = argparse.Namespace(**options)
+    if not torch.cuda.is_available():
+        args.device = "cpu"
     transformers.utils.logging.disable_progress_bar()
-    args.device = args.device if torch.cuda.is_available() else "cpu"
-    options = {"device": args.device, "dtype": getattr(torch, args.dtype), "max_pixels": args.max_pixels}
-    policy = model.load(str(checkpoint), **options)
-    policy.micro_batch = args.micro_batch
-    return args, policy, int(checkpoint.name.split("-")[1])
+    step = int(checkpoint.name.split("-")[1])
+    return args, train.load_policy(args, checkpoint), step
 
 
-def defaults(**options) -> argparse.Namespace:
-    """All options of train.py with the values that they have for the tiny model, but for `options`."""
-    args = train.build_parser().parse_args(["--device", "cpu"])
-    vars(args).update(train.TINY, dtype="float32")
-    vars(args).update({k: v for k, v in options.items() if v is not None})
-    args.choice = {name: v[2] for name, v in train.CHOICES.items()} | dict(args.choice)
-    return args
+def read_options(folder: Path) -> dict:
+    """The options of a run with their values. InputError where the folder is not that of a run."""
+    try:
+        options = json.loads((folder / "args.json").read_text(encoding="utf-8"))
+        if not isinstance(options, dict):
+            raise ValueError("args.json is not an object")
+        return options
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: not the folder of a run of train.py ({error})") from None
 
 
 def warmed_up(args) -> model.Policy:
-    """The tiny model after its warm-up, which is made once."""
-    load = partial(model.load, device=args.device, seed=args.seed)
-    return load(str(train.warmed_up(args, train.Run("."), load)))
-
-
-def task_of(args):
-    return OwnTask(args.data, args.seed, args.steps == 0) if args.data else train.drawn_task(args)
-
-
-def judge_of(args):
-    return train.reward_from(args.reward) if args.reward else verify
-
-
-def corruption(policy, args, step: int, kind: str | None = None):
-    """What corrupts the images of a step: (i, image) -> image."""
-    how = {"kind": kind or args.choice["corruption"], "patch": policy.patch, "p": args.choice["p"]}
-    return lambda i, image: corrupt(image, seed=(args.seed, step, i), **how)
-
-
-def sample(policy, prompts, args, generator) -> tuple[model.Rollout, list, Tensor]:
-    """A group of responses to each prompt, their texts and offsets, and the role of each token, [B, T]."""
-    limits = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
-    rollout = policy.sample(prompts, args.group_size, generator=generator, **limits)
-    responses, roles = policy.decode(rollout), torch.zeros_like(rollout.ids)
-    for row, (text, offsets) in enumerate(responses):
-        found = token_roles(text, offsets, answer_is_reasoning=args.choice["answer_is_reasoning"])
-        roles[row, : len(offsets)] = found.to(roles)
-    return rollout, responses, roles
-
-
-@torch.no_grad()
-def contrasts(policy, prompts, rollout, roles: Tensor, args) -> Tensor:
-    """delta, [B, T]: steps 2 to 4. `prompts` hold the corrupted images."""
-    P, R, both = roles == Role.PERCEPTION, roles == Role.REASONING, args.choice["corrupt_both"]
-    score = partial(policy.log_probs, prompts, rollout, temperature=args.temperature)
-    blank = without_perception(rollout.mask, roles)
-    logp_corrupted, _ = score(corrupted=True, wanted=P | (R & both))
-    logp_blank, _ = score(visible=blank, wanted=R, corrupted=both, reuse=not both)
-    logp = torch.where(R & both, logp_corrupted, rollout.logp)
-    return contrast_scores(logp, logp_corrupted, logp_blank, roles, contrast=args.choice["contrast"])
-
-
-def weights(delta: Tensor, roles: Tensor, args, flip: Tensor | None = None) -> Tensor:
-    """w, [B, T]: steps 5, 6 and 9."""
-    options = {k: args.choice[k] for k in ("tau", "w_min", "w_max", "normalize", "role_balanced")}
-    return token_weights(delta, roles, flip=flip, **options)
-
-
-def credit(policy, prompts, examples, args, generator) -> Credit:
-    """Sample, verify, score and weigh one batch."""
-    rollout, responses, roles = sample(policy, prompts, args, generator)
-    judge, asked = judge_of(args), [examples[i] for i in rollout.prompt.tolist()]
-    verdicts = [judge(text, example) for (text, _), example in zip(responses, asked, strict=True)]
-    A = group_advantages([v.reward for v in verdicts], args.group_size).to(roles.device)
-    scored, delta = roles.masked_fill((A == 0)[:, None], Role.OTHER), torch.zeros_like(rollout.logp)
-    if args.algo == "srpo":
-        delta = contrasts(policy, prompts, rollout, scored, args)
-    w = weights(delta, scored, args, flip=A < 0 if args.choice["sign_aware"] else None)
-    A_hat = role_aware_advantages(A, w, args.choice["lam"])
-    return Credit(rollout, responses, verdicts, A, roles, scored, delta, w, A_hat)
+    """The tiny model after its warm-up, which is made once and kept."""
+    return train.load_policy(args, train.warmed_up(args, train.Run(".")))

@@ -1,11 +1,12 @@
 """A data set of the Hugging Face hub as JSON lines and images, which `train.py --data` reads.
 
     pip install datasets
-    python extras/from_hub.py hiyouga/geometry3k geometry3k     rows.jsonl and images/ in geometry3k/
-    python extras/from_hub.py FOLDER DIR --split test           a folder that `datasets` wrote
+    python extras/from_hub.py hiyouga/geometry3k geometry3k      rows.jsonl and images/ there
+    python extras/from_hub.py FOLDER DIR --split test            a folder that `datasets` wrote
 
-Columns may have the names in use: image or images; problem or question; answer or solution. Of a worked
-solution the last \\boxed{...}, or what stands between <answer> tags, is the answer. Images keep their bytes.
+Columns may have the names in use: image or images; problem or question; answer or solution. Of a
+worked solution the last \\boxed{...}, or what stands between <answer> tags, is the answer. Images
+keep their bytes.
 """
 
 import io
@@ -13,85 +14,121 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from answers import unboxed  # noqa: E402
 from PIL import Image  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from data import InputError, first_line, unboxed  # noqa: E402
+from data import InputError, first_line  # noqa: E402
 from train import Parser  # noqa: E402
 
 
+@dataclass
+class Columns:
+    """Their names in a data set."""
+
+    images: str
+    question: str
+    answer: str
+
+
 def load(name: str, split: str):
-    """Rows of a data set whose images are not decoded, and the names of the three columns."""
+    """Rows of a data set whose images are not decoded, and its columns."""
     try:
         import datasets
     except ImportError:
         raise InputError("from_hub.py needs datasets: pip install datasets") from None
+    written = ("state.json", "dataset_dict.json")  # files of a folder that `datasets` wrote
     try:
-        if any((Path(name) / file).exists() for file in ("state.json", "dataset_dict.json")):
+        if any((Path(name) / file).exists() for file in written):
             rows = datasets.load_from_disk(name)
-            rows = rows[split] if isinstance(rows, datasets.DatasetDict) else rows
+            if isinstance(rows, datasets.DatasetDict):
+                rows = rows[split]
         else:
             rows = datasets.load_dataset(name, split=split)
     except Exception as error:  # not found, no such split, no network ...
-        raise InputError(f"{name}: cannot be loaded, split {split} ({first_line(error)})") from None
+        said = f"cannot be loaded, split {split} ({first_line(error)})"
+        raise InputError(f"{name}: {said}") from None
 
     def column(*names):
-        if found := [n for n in names if n in rows.column_names]:
-            return found[0]
-        raise InputError(f"{name}: has no column {' or '.join(names)}, only {', '.join(rows.column_names)}")
+        for wanted in names:
+            if wanted in rows.column_names:
+                return wanted
+        present = ", ".join(rows.column_names)
+        raise InputError(f"{name}: has no column {' or '.join(names)}, only {present}")
 
-    seen, asked, told = column("images", "image"), column("problem", "question"), column("answer", "solution")
-    kind, raw = rows.features[seen], datasets.Image(decode=False)
+    images = column("images", "image")
+    columns = Columns(images, column("problem", "question"), column("answer", "solution"))
+    kind = rows.features[images]
+    raw = datasets.Image(decode=False)
     if isinstance(kind, datasets.Image):
-        rows = rows.cast_column(seen, raw)
-    elif isinstance(getattr(kind, "feature", None), datasets.Image):
-        rows = rows.cast_column(seen, type(kind)(raw))
-    return rows, seen, asked, told
+        rows = rows.cast_column(images, raw)
+    elif isinstance(getattr(kind, "feature", None), datasets.Image):  # a list of them
+        rows = rows.cast_column(images, type(kind)(raw))
+    return rows, columns
 
 
-def answer_of(row: dict, told: str, source: str) -> str:
-    answer = str(row[told])
+def answer_of(row: dict, column: str, source: str) -> str:
+    answer = str(row[column])
     marked = "\\boxed{" in answer or "<answer>" in answer
-    if told == "solution" and len(answer.split()) > 5 and not marked:
-        raise InputError(
-            f"{source}: the solution has no \\boxed{{...}} and no <answer>: what is right cannot be told"
-        )
-    return unboxed(answer.split("<answer>")[-1].split("</answer>")[0])
+    if column == "solution" and len(answer.split()) > 5 and not marked:
+        problem = "the solution has no \\boxed{...} and no <answer>: what is right cannot be told"
+        raise InputError(f"{source}: {problem}")
+    answer = answer.split("<answer>")[-1]
+    answer = answer.split("</answer>")[0]
+    return unboxed(answer)
+
+
+def image_file(image) -> tuple[bytes, str]:
+    """Bytes of an image as `datasets` gives it, a path or a dict, and the name of their format."""
+    content = None
+    if isinstance(image, dict):
+        content = image.get("bytes")
+        image = image["path"]
+    if not content:
+        content = Path(image).read_bytes()
+    return content, Image.open(io.BytesIO(content)).format.lower()
+
+
+def write_images(images: list, folder: Path, number: int, source: str) -> list[str]:
+    """The images of row `number` as files; returns their paths inside `folder`."""
+    paths = []
+    for i, image in enumerate(images):
+        try:
+            content, suffix = image_file(image)
+        except Exception as error:  # decoders raise nearly anything
+            problem = f"image {i} cannot be read ({first_line(error)})"
+            raise InputError(f"{source}: {problem}") from None
+        path = f"images/{number:06d}-{i}.{suffix}"
+        (folder / path).write_bytes(content)
+        paths.append(path)
+    return paths
 
 
 def write(name: str, split: str, folder: Path) -> int:
-    """Fill `folder`; returns the number of rows.
-
-    Raises:
-        InputError: naming the data set, or its row.
-    """
-    rows, seen, asked, told = load(name, split)
+    """Fill `folder`; returns the number of rows. InputError names the data set, or its row."""
+    rows, columns = load(name, split)
     (folder / "images").mkdir(parents=True)
     with open(folder / "rows.jsonl", "w", encoding="utf-8") as file:
         for number, row in enumerate(tqdm(rows, desc=name, disable=None)):
-            source, images = f"{name} row {number}", row[seen] if isinstance(row[seen], list) else [row[seen]]
-            wrong = not images or None in images or not isinstance(row[asked], str)
-            if wrong or isinstance(row[told], list | dict | None):
-                raise InputError(
-                    f"{source}: expected an image in {seen}, text in {asked}, one answer in {told}"
-                )
-            paths = []
-            for i, image in enumerate(images):
-                place = image if isinstance(image, str) else image["path"]
-                content = image.get("bytes") if isinstance(image, dict) else None
-                try:
-                    content = content or Path(place).read_bytes()
-                    suffix = Image.open(io.BytesIO(content)).format.lower()
-                except Exception as error:  # decoders raise nearly anything
-                    raise InputError(f"{source}: image {i} cannot be read ({first_line(error)})") from None
-                paths.append(f"images/{number:06d}-{i}.{suffix}")
-                (folder / paths[-1]).write_bytes(content)
-            answer = answer_of(row, told, source)
-            file.write(json.dumps({"images": paths, "question": row[asked], "answer": answer}) + "\n")
+            source = f"{name} row {number}"
+            images = row[columns.images]
+            question = row[columns.question]
+            if not isinstance(images, list):
+                images = [images]
+            fine = images and None not in images and isinstance(question, str)
+            if not fine or isinstance(row[columns.answer], list | dict | None):
+                wanted = f"an image in {columns.images}, text in {columns.question}"
+                wanted += f", one answer in {columns.answer}"
+                raise InputError(f"{source}: expected {wanted}")
+            answer = answer_of(row, columns.answer, source)
+            paths = write_images(images, folder, number, source)
+            line = {"images": paths, "question": question, "answer": answer}
+            file.write(json.dumps(line) + "\n")
     return len(rows)
 
 

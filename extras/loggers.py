@@ -1,51 +1,60 @@
-"""Live curves: what `--log` takes. Each function starts a logger for a run and returns (numbers, step) -> None.
+"""Live curves: what `--log` takes, a function for each place where the metrics can go, too.
 
-python train.py --log extras/loggers.py:wandb          or tensorboard, trackio
+    python train.py --log extras/loggers.py:wandb          or tensorboard, trackio
+
+Each starts a log for the run in `folder` and returns a function (numbers, step) that sends to it. A
+resumed run goes on in the same curves.
 """
 
-import os
+from pathlib import Path
 
 from data import InputError
 
 
-def tensorboard(folder, options: dict):
-    """Needs pip install tensorboard; then tensorboard --logdir out"""
+def tensorboard(folder: Path, options: dict):
+    """pip install tensorboard; watch with: tensorboard --logdir out"""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise InputError("--log: not installed; pip install tensorboard") from None
+        raise not_installed("tensorboard") from None
     board = SummaryWriter(folder)
 
     def send(numbers: dict, step: int) -> None:
         for name, x in numbers.items():
             board.add_scalar(name, x, step)
+        board.flush()
 
     return send
 
 
-def wandb(folder, options: dict):
-    """Needs pip install wandb. A resumed run goes on in the same curves."""
+def wandb(folder: Path, options: dict):
+    """pip install wandb"""
     try:
         import wandb as tracker
     except ImportError:
-        raise InputError("--log: not installed; pip install wandb") from None
-    os.environ["WANDB_RUN_ID"] = folder.name
-    return started(tracker, folder, options)
+        raise not_installed("wandb") from None
+    names = {"project": "srpo", "name": folder.name, "id": folder.name}
+    tracker.init(**names, config=options, resume="allow")
+
+    def send(numbers: dict, step: int) -> None:
+        tracker.log(numbers, step=step)
+
+    return send
 
 
-def trackio(folder, options: dict):
-    """Needs pip install trackio. A resumed run goes on in the same curves."""
+def trackio(folder: Path, options: dict):
+    """pip install trackio"""
     try:
         import trackio as tracker
     except ImportError:
-        raise InputError("--log: not installed; pip install trackio") from None
-    return started(tracker, folder, options)
-
-
-def started(tracker, folder, options: dict):
+        raise not_installed("trackio") from None
     tracker.init(project="srpo", name=folder.name, config=options, resume="allow")
 
     def send(numbers: dict, step: int) -> None:
         tracker.log(numbers, step=step)
 
     return send
+
+
+def not_installed(package: str) -> InputError:
+    return InputError(f"--log extras/loggers.py:{package}: not installed; pip install {package}")

@@ -21,23 +21,10 @@ from test_srpo import (  # noqa: E402, F401
     ONE,
     QUICK,
     cache,
+    complaint,
     jsonl,
     policy,
 )
-
-
-def complaint(capsys, *argv):
-    """The one line that `train.py` answers to bad input."""
-    capsys.readouterr()
-    try:
-        code = train.main([str(word) for word in argv])
-    except SystemExit as stop:
-        code = stop.code
-    stderr = capsys.readouterr().err
-    assert code == 2, stderr
-    assert stderr.startswith("error: "), stderr
-    assert stderr.count("\n") == 1, stderr
-    return stderr
 
 
 # ---- options
