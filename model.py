@@ -115,6 +115,8 @@ class Policy:
             largest = min(largest, max(max_pixels, self.factor**2))
         smallest = min(largest, image_processor.size["shortest_edge"])
         self.pixel_limits = (smallest, largest)
+        # Saved with the policy, so that whoever serves it sees what training saw.
+        image_processor.size = {"shortest_edge": smallest, "longest_edge": largest}
 
         eos = model.generation_config.eos_token_id
         eos = eos if isinstance(eos, list) else [eos]

@@ -59,18 +59,20 @@ def group_advantages(rewards, group_size: int, eps: float = 1e-4) -> Tensor:
         equal.
     Raises ValueError: rewards are not [B], or do not divide into groups of two or more.
     """
-    rewards = _at_least_float32(torch.as_tensor(rewards))
-    n = rewards.numel()
-    if rewards.dim() != 1 or n == 0 or group_size < 2 or n % group_size != 0:
-        shape = list(rewards.shape)
+    dtype = torch.float32
+    if isinstance(rewards, Tensor) and rewards.dtype == torch.float64:
+        dtype = torch.float64
+    r = torch.as_tensor(rewards, dtype=torch.float64)  # in float32, 1e9 + 1 would be 1e9
+    if r.dim() != 1 or r.numel() == 0 or group_size < 2 or len(r) % group_size != 0:
+        shape = list(r.shape)
         raise ValueError(f"rewards {shape} must be [B], in groups of {group_size} >= 2")
-    r = rewards.view(-1, group_size)  # [N, G]
+    r = r.view(-1, group_size)  # [N, G]
     mean = r.mean(dim=1, keepdim=True)  # [N, 1]
     std = r.std(dim=1, keepdim=True, unbiased=True)  # [N, 1]
     A = (r - mean) / (std + eps)  # [N, G], step 1
     # Equal rewards teach nothing: rounding of the mean must not leave a residue.
     no_spread = (r == r[:, :1]).all(dim=1, keepdim=True)  # [N, 1]
-    return A.masked_fill(no_spread, 0).flatten()  # [B]
+    return A.masked_fill(no_spread, 0).flatten().to(dtype)  # [B]
 
 
 def contrast_scores(

@@ -197,6 +197,12 @@ def test_tensors_equal_the_loops(batch):
     assert 0 < stats["clip_frac"] < 1
 
 
+def test_large_rewards_keep_their_spread():
+    A = group_advantages([1e9, 1e9 + 1, 1e9 + 2], 3)
+    assert A.tolist() == pytest.approx([-1, 0, 1], abs=1e-3)
+    assert A.dtype == torch.float32
+
+
 def test_the_advantage_uses_the_sample_std_and_leaves_no_residue():
     assert group_advantages([1, 0, 0, 0], 4)[0].item() == pytest.approx(1.5, abs=1e-3)
     no_spread = torch.full((6,), 0.1)
@@ -1385,6 +1391,17 @@ def test_micro_batches_do_not_change_a_step(tmp_path):
 def default_step(tmp_path_factory):
     _, (step,) = run(tmp_path_factory.mktemp("default") / "out", *ONE)
     return step
+
+
+def test_a_saved_policy_shows_images_as_training_did(tmp_path):
+    its = model.build_tiny(0)
+    its.save(tmp_path)
+    small = model.load(str(tmp_path), max_pixels=1024)
+    small.save(tmp_path / "again")
+    image = Image.new("RGB", (96, 96))
+    assert its.fit(image).size == (96, 96)
+    assert small.fit(image).size == (32, 32)
+    assert model.load(str(tmp_path / "again")).fit(image).size == (32, 32)
 
 
 def test_bfloat16_computes_under_autocast(tmp_path, default_step):

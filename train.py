@@ -47,9 +47,9 @@ from srpo import (
 
 # What an option left out means: for the tiny model, a real one, and a real one with --lora.
 TINY = {"steps": 40, "prompts": 24, "max_new_tokens": 48, "micro_batch": 1024, "lr": 1e-4}
-TINY.update(image_size=48, warmup_steps=320, warmup_lr=2e-3, warmup_noise=0.25)
+TINY.update(max_pixels=None, image_size=48, warmup_steps=320, warmup_lr=2e-3, warmup_noise=0.25)
 REAL = {"steps": 200, "prompts": 8, "max_new_tokens": 512, "micro_batch": 8, "lr": 1e-6}
-REAL.update(image_size=336, warmup_steps=0, warmup_lr=1e-5, warmup_noise=0.0)
+REAL.update(max_pixels=602_112, image_size=336, warmup_steps=0, warmup_lr=1e-5, warmup_noise=0.0)
 REAL_LORA = {**REAL, "lr": 1e-5, "warmup_lr": 2e-4}
 WARMUP_VERSION = 1  # raise it when a change alters the warmed-up tiny model, which is cached
 
@@ -142,7 +142,7 @@ def train(args: argparse.Namespace, run: "Run") -> None:
                 stats["loss"] = loss
                 for name in stats.keys() & totals.keys():
                     totals[name] += stats[name].item() / args.inner_epochs
-            totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+            totals["grad_norm"] = clip_gradient(parameters, run, step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         clock.append(time.perf_counter())
@@ -238,6 +238,17 @@ def token_metrics(rollout, old_logp, roles, w) -> dict:
         "w_reasoning": w[roles == Role.REASONING],
     }
     return {name: x.mean().item() if len(x) else None for name, x in values.items()}
+
+
+def clip_gradient(parameters: list, run: "Run", step: int) -> float:
+    """Scale the gradient to norm 1 at most; its norm before. InputError where it is not finite:
+    before the optimizer's step, which would spoil all weights."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+    if not math.isfinite(norm):
+        cause = "lower --lr, and look at --reward and --weights"
+        kept = f"the last checkpoint is {run.checkpoint()}"
+        raise InputError(f"step {step}: the gradient is not finite: {cause}; {kept}")
+    return norm
 
 
 def why_idle(steps: int, record: dict, verdicts, lengths, args) -> str:
@@ -584,10 +595,10 @@ def build_parser() -> Parser:
 
     def add(option, help, default=None, **kwargs):
         name = option[2:].replace("-", "_")
-        if name in TINY:
-            help += f" (tiny: {TINY[name]:g}, a real model: {REAL[name]:g}"
+        if TINY.get(name) is not None:
+            help += f" (tiny: {TINY[name]}, a real model: {REAL[name]}"
             if REAL_LORA[name] != REAL[name]:
-                help += f", with --lora: {REAL_LORA[name]:g}"
+                help += f", with --lora: {REAL_LORA[name]}"
             help += ")"
         elif default not in (None, False):
             help += f" (else: {default})"
@@ -626,9 +637,10 @@ def build_parser() -> Parser:
     add("--seed", "of everything that is drawn at random", 0, type=number(int, 0, 2**62))
     group = parser.add_argument_group("memory and machine")
     add("--micro-batch", "responses in memory at a time, in scoring and update", type=count)
-    add("--max-pixels", "area that images are shrunk to (else: the model's)", type=count)
+    add("--max-pixels", "area that images are shrunk to (a real model: 602112)", type=count)
     add("--device", "cpu, cuda, cuda:1 ...", "cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", "of computing (else: bfloat16 on cuda)", choices=("float32", "bfloat16"))
+    dtypes = ("float32", "bfloat16")
+    add("--dtype", "of computing (else: bfloat16 for a real model on a GPU)", choices=dtypes)
     group = parser.add_argument_group("evaluation and checkpoints")
     add("--eval-every", "steps between evaluations; 0: only before and after", 20, type=whole)
     add("--eval-size", "held-out examples", 256, type=number(int, 1, 10**5))
@@ -665,7 +677,8 @@ def resolve_options(argv: list[str]) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.dtype is None:
-        args.dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
+        real_on_gpu = args.device.startswith("cuda") and not model.is_tiny(args.model)
+        args.dtype = "bfloat16" if real_on_gpu else "float32"
     if args.w_min > args.w_max:
         raise InputError(f"--w-min {args.w_min}: above --w-max {args.w_max}")
     if args.eval_all and args.steps > 0:

@@ -26,7 +26,6 @@ from test_srpo import (  # noqa: E402, F401
     policy,
 )
 
-
 # ---- options
 
 BAD_OPTIONS = [  # TMP is a folder with what `folders` puts there
@@ -129,6 +128,25 @@ def test_divergence_is_said(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(model.Policy, "_log_softmax", lost)
     said = complaint(capsys, *QUICK, "--warmup-steps", 0, "--out", tmp_path / "out")
     assert "the policy has diverged" in said
+
+
+BROKEN_LATER = """
+import torch
+def weights(logp, *others, progress, **options):
+    return torch.full_like(logp, 1.0 if progress < 0.5 else float("inf"))
+"""
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_spoils_nothing(tmp_path, capsys):
+    (tmp_path / "my.py").write_text(BROKEN_LATER)
+    options = [*ONE, "--steps", 9, "--save-every", 1, "--weights", f"{tmp_path}/my.py:weights"]
+    said = complaint(capsys, *options, "--out", tmp_path / "out")
+    checkpoint = train.Run(tmp_path / "out").checkpoint()
+    assert "step 5: the gradient is not finite" in said
+    assert str(checkpoint) in said
+    assert checkpoint.name == "checkpoint-000004"
+    weights = model.load(str(checkpoint)).model.parameters()
+    assert all(weight.isfinite().all() for weight in weights)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])

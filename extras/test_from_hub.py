@@ -19,92 +19,147 @@ import data  # noqa: E402
 import model  # noqa: E402
 
 PICTURES = [Image.new("RGB", (56, 56), (20 * i, 0, 0)) for i in range(12)]
+ASKED = ["?"] * 12
 
 
-def saved(folder, rows, split=None, images="image"):
-    """A data set as `datasets` writes it; the name from_hub.py takes."""
-    kind = datasets.Image() if images == "image" else datasets.List(datasets.Image())
+def saved(folder: Path, rows: dict, split=None, kind=None) -> str:
+    """A data set as `datasets` writes it; returns the name that from_hub.py takes.
+
+    Images are of the type `kind`, `datasets.Image()` or a list of it; else paths.
+    """
     found = datasets.Dataset.from_dict(rows)
-    found = (
-        found.cast_column(images, kind) if images in rows and not isinstance(rows[images][0], str) else found
-    )
-    (datasets.DatasetDict({split: found}) if split else found).save_to_disk(str(folder))
+    if kind is not None:
+        (column,) = [name for name in rows if name.startswith("image")]
+        found = found.cast_column(column, kind)
+    if split is not None:
+        found = datasets.DatasetDict({split: found})
+    found.save_to_disk(str(folder))
     return str(folder)
 
 
-def png(image):
+def png(image: Image.Image) -> bytes:
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
 
 
 def test_rows_and_images_are_those_of_the_data_set(tmp_path, capsys):
-    images = [{"bytes": png(p), "path": None} for p in PICTURES]
-    rows = {"image": images, "problem": ["Is it <image>red?"] * 12, "answer": [str(i) for i in range(12)]}
-    name = saved(tmp_path / "one", rows, split="test")
-    assert from_hub.main([name, str(tmp_path / "out"), "--split", "test"]) == 0
+    images = [{"bytes": png(picture), "path": None} for picture in PICTURES]
+    answers = [str(i) for i in range(12)]
+    rows = {"image": images, "problem": ["Is it <image>red?"] * 12, "answer": answers}
+    name = saved(tmp_path / "one", rows, split="test", kind=datasets.Image())
+    out = tmp_path / "out"
+    assert from_hub.main([name, str(out), "--split", "test"]) == 0
     assert "12 rows" in capsys.readouterr().out
-    written = [json.loads(line) for line in (tmp_path / "out/rows.jsonl").read_text().splitlines()]
-    kept = [(tmp_path / "out" / row["images"][0]).read_bytes() for row in written]
+    written = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    kept = [(out / row["images"][0]).read_bytes() for row in written]
     assert kept == [image["bytes"] for image in images]  # not encoded again
-    task = data.OwnTask(tmp_path / "out/rows.jsonl")
+    task = data.OwnTask(out / "rows.jsonl")
     examples = task.train_batch(0, 11) + task.eval_set(9)
-    assert {e.answer for e in examples} == {str(i) for i in range(12)}
-    assert all(e.images[0].getpixel((5, 5))[0] == 20 * int(e.answer) for e in examples)
+    assert {example.answer for example in examples} == set(answers)
+    for example in examples:
+        red, _, _ = example.images[0].getpixel((5, 5))
+        assert red == 20 * int(example.answer)
+
+
+def test_images_stand_where_the_question_marks_them(tmp_path):
+    rows = {"image": PICTURES, "problem": ["Is it <image>red?"] * 12, "answer": ["1"] * 12}
+    name = saved(tmp_path / "one", rows, kind=datasets.Image())
+    assert from_hub.main([name, str(tmp_path / "out")]) == 0
+    examples = data.OwnTask(tmp_path / "out/rows.jsonl").train_batch(0, 1)
     policy = model.build_tiny(seed=0)
-    ids = policy.encode(examples[:1]).ids[0].tolist()  # the image stands where the question marks it
-    red, image = policy.tokenizer("red?", add_special_tokens=False)["input_ids"][0], policy.image_token
-    before = ids[: ids.index(image)]
-    assert len(before) > 4 and red in ids[ids.index(image) :] and red not in before
-    assert from_hub.main([name, str(tmp_path / "out"), "--split", "test"]) == 2  # nothing written is lost
-    assert "not empty" in capsys.readouterr().err and (tmp_path / "out/rows.jsonl").exists()
+    ids = policy.encode(examples).ids[0].tolist()
+    red = policy.tokenizer("red?", add_special_tokens=False)["input_ids"][0]
+    place = ids.index(policy.image_token)
+    assert place > 4
+    assert red in ids[place:]
+    assert red not in ids[:place]
+
+
+def test_nothing_that_is_there_is_lost(tmp_path, capsys):
+    rows = {"image": PICTURES, "question": ASKED, "answer": ASKED}
+    name = saved(tmp_path / "one", rows, kind=datasets.Image())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine").write_text("kept")
+    assert from_hub.main([name, str(tmp_path / "out")]) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["mine"]
 
 
 def test_several_images_and_boxed_solutions(tmp_path):
     rows = {
-        "images": [[p, p] for p in PICTURES],
+        "images": [[picture, picture] for picture in PICTURES],
         "question": ["Same?"] * 12,
         "solution": [r"So. \boxed{yes}"] * 12,
     }
-    assert from_hub.main([saved(tmp_path / "many", rows, images="images"), str(tmp_path / "out")]) == 0
+    name = saved(tmp_path / "many", rows, kind=datasets.List(datasets.Image()))
+    assert from_hub.main([name, str(tmp_path / "out")]) == 0
     task = data.OwnTask(tmp_path / "out/rows.jsonl")
-    assert {(len(e.images), e.answer) for e in task.train_batch(0, 11)} == {(2, "yes")}
+    found = {(len(example.images), example.answer) for example in task.train_batch(0, 11)}
+    assert found == {(2, "yes")}
 
 
 @pytest.mark.parametrize(
-    "rows, split, said",
+    ("solution", "answer"),
     [
-        (
-            {"image": PICTURES, "question": ["?"] * 12, "answer": ["1"] * 12},
-            "test",
-            "cannot be loaded, split train",
-        ),
-        (None, None, "cannot be loaded"),
-        ({"image": ["a.png"], "answer": ["1"]}, None, "no column problem or question, only image, answer"),
-        ({"image": ["a.png"], "question": ["?"], "answer": ["1"]}, None, "row 0: image 0 cannot be read"),
-        (
-            {"image": PICTURES, "question": ["?"] * 12, "solution": ["The same color, so it is yes."] * 12},
-            None,
-            "row 0",
-        ),
-        (
-            {"image": PICTURES, "question": ["?"] * 12, "answer": [["yes", "yeah"]] * 12},
-            None,
-            "row 0: expected",
-        ),
+        ("So <answer> 7 </answer>", "7"),
+        (r"It is <answer>\boxed{7}</answer>", "7"),
+        ("7 cm", "7 cm"),
     ],
 )
-def test_faults_are_one_line_and_leave_nothing(rows, split, said, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    name = saved(tmp_path / "rows", rows, split) if rows else str(tmp_path / "none")
+def test_the_answer_of_a_solution(solution, answer):
+    assert from_hub.answer_of({"solution": solution}, "solution", "row 0") == answer
+
+
+def test_it_needs_no_math_verify(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    rows = {"image": PICTURES, "question": ASKED, "answer": [r"\boxed{1}"] * 12}
+    name = saved(tmp_path / "one", rows, kind=datasets.Image())
+    assert from_hub.main([name, str(tmp_path / "out")]) == 0
+
+
+FAULTS = {
+    "no column problem or question, only image, answer": {"image": ["a.png"], "answer": ["1"]},
+    "row 0: image 0 cannot be read": {"image": ["a.png"], "question": ["?"], "answer": ["1"]},
+    "row 0: the solution has no": {
+        "image": PICTURES,
+        "question": ASKED,
+        "solution": ["The same color, so it is yes."] * 12,
+    },
+    "row 0: expected": {"image": PICTURES, "question": ASKED, "answer": [["yes", "yeah"]] * 12},
+}
+
+
+@pytest.mark.parametrize("said", FAULTS)
+def test_faulty_rows_are_one_line_and_leave_nothing(said, tmp_path, capsys):
+    rows = FAULTS[said]
+    kind = None
+    if rows["image"] is PICTURES:
+        kind = datasets.Image()
+    name = saved(tmp_path / "rows", rows, kind=kind)
+    complaint(said, name, tmp_path, capsys)
+
+
+def complaint(said, name, tmp_path, capsys):
     capsys.readouterr()
     assert from_hub.main([name, str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith(f"error: {name}") and said in error
+    assert error.startswith(f"error: {name}")
+    assert said in error
     assert not list(tmp_path.glob("out*"))
+
+
+def test_what_is_not_there_is_one_line_and_leaves_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    complaint("cannot be loaded", str(tmp_path / "none"), tmp_path, capsys)
+    rows = {"image": PICTURES, "question": ASKED, "answer": ASKED}
+    name = saved(tmp_path / "rows", rows, split="test", kind=datasets.Image())
+    complaint("cannot be loaded, split train", name, tmp_path, capsys)
 
 
 def test_without_the_package_there_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert from_hub.main(["name", str(tmp_path / "out")]) == 2
-    assert "pip install datasets" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "pip install datasets" in said
+    assert said.count("\n") == 1

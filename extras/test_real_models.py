@@ -5,7 +5,6 @@ pip install peft pytest, then python -m pytest -q extras/test_real_models.py
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,6 @@ import recompute  # noqa: E402
 import data  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
-from corrupt import corrupt  # noqa: E402
 from srpo import contrast_scores  # noqa: E402
 from test_srpo import (  # noqa: E402
     MORE,
@@ -37,6 +35,7 @@ from test_srpo import (  # noqa: E402
     numbers,
     roles_and_visible,
     run,
+    same_scores,
     same_weights,
     section,
     stock_log_probs,
@@ -177,12 +176,8 @@ def written_by(policy):
 
 
 def corrupted_copies(policy, examples):
-    copies = []
-    for i, example in enumerate(examples):
-        images = [policy.fit(image) for image in example.images]
-        images = [corrupt(image, patch=policy.patch, seed=i) for image in images]
-        copies.append(replace(example, images=tuple(images)))
-    return copies
+    args = train.resolve_options(["--device", "cpu"])
+    return train.corrupted_copies(examples, policy, args, step=1)
 
 
 def test_a_folder_of_the_hub_is_read_whole(family):
@@ -221,30 +216,8 @@ def test_scores_and_gradients_are_those_of_stock_calls(family):
     written, roles, visible = written_by(policy)
     assert (roles == P).any(dim=1).all()
     assert (roles == R).any(dim=1).all()
-    cases = [
-        (prompts, rollout, None, rollout.mask),
-        (corrupted, written, None, roles == P),
-        (prompts, written, visible, roles == R),
-    ]
-
-    def values_and_gradients(log_probs, **options):
-        policy.model.zero_grad()
-        found = []
-        for context, responses, seen, where in cases:
-            found.append(log_probs(context, responses, 0.7, visible=seen, **options)[where])
-        sum(logp.sum() for logp in found).backward()
-        gradients = [p.grad.clone() for p in policy.model.parameters() if p.grad is not None]
-        return [logp.detach() for logp in found] + gradients
-
-    def stock(*args, **options):
-        return stock_log_probs(policy, *args, **options)
-
-    ours = values_and_gradients(policy.log_probs)
-    theirs = values_and_gradients(stock, cut=True)  # hidden tokens are gone, not masked
-    assert len(ours) == len(theirs) > 3
-    assert ours[-1].abs().sum() > 0
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, atol=3e-4, rtol=3e-4)
+    cases = [(prompts, rollout, None), (corrupted, written, None), (prompts, written, visible)]
+    same_scores(policy, cases, atol=3e-4, cut=True)  # hidden tokens are gone, not masked
 
 
 @torch.no_grad()
