@@ -303,7 +303,10 @@ def summarize(run: "Run", credit) -> None:
         row = int((w - 1).square().sum(dim=1).argmax())  # the one with the most to see
         print("\nA response of the last step, and the weight of each token that is not 1, GRPO's:")
         print(with_weights(*responses[row], w[row].tolist()))
-        print("Where it is above 1: did the image, or the perception, decide this word?")
+        if (w != 1).any():
+            print("Where it is above 1: did the image, or the perception, decide this word?")
+        else:
+            print("None: every token counts alike.")
     print(f"\nmetrics and checkpoint: {run.path}")
 
 
@@ -501,8 +504,11 @@ class Run:
         """Records of the run, without a last line that a kill has cut off."""
         if not self.metrics.exists():
             return []
-        lines = self.metrics.read_text(encoding="utf-8").split("\n")[:-1]
-        return [json.loads(line) for line in lines]
+        lines = self.metrics.read_bytes().split(b"\n")[:-1]
+        try:
+            return [json.loads(line) for line in lines]
+        except ValueError as error:
+            raise InputError(f"{self.metrics}: not the records of a run ({error})") from None
 
     def write(self, record: dict) -> None:
         with open(self.metrics, "a", encoding="utf-8") as file:

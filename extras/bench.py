@@ -74,7 +74,28 @@ def warm_up(steps: int) -> int:
     return min(2, steps - 1)
 
 
-def run_ours(args, condition: str, shape: str, folder: str) -> dict:
+def stand_in() -> None:
+    """Draw roles and rewards in the place of train.py's, and leave out what is not measured."""
+    rng = np.random.default_rng(0)
+
+    def draw_verdict(text, example):
+        return data.Verdict(float(rng.random()), 0.0, 0.0)
+
+    def no_evaluation(*_, **__):
+        return {"step": 0, "eval": {}}
+
+    def nothing(*_):
+        pass
+
+    train.token_roles = draw_roles
+    train.verify = draw_verdict
+    train.evaluate = no_evaluation
+    train.summarize = nothing
+    train.Run.save = nothing
+
+
+def train_options(args, condition: str, shape: str, folder: str) -> list[str]:
+    """The command line of train.py."""
     sizes = sizes_of(shape)
     group_size = sizes.group_size
     if "-G" in condition:
@@ -84,22 +105,6 @@ def run_ours(args, condition: str, shape: str, folder: str) -> dict:
         micro_batch = train.REAL["micro_batch"]
     elif micro_batch is None:
         micro_batch = sizes.prompts * group_size  # all
-    rng = np.random.default_rng(0)
-
-    def draw_verdict(text, example):
-        return data.Verdict(float(rng.random()), 0.0, 0.0)
-
-    def nothing(*_):
-        pass
-
-    def no_evaluation(*_, **__):
-        return {"step": 0, "eval": {}}
-
-    train.token_roles = draw_roles
-    train.verify = draw_verdict
-    train.evaluate = no_evaluation
-    train.summarize = nothing
-    train.Run.save = nothing
     argv = ["--model", folder, "--task", "count", "--image-size", sizes.side]
     argv += ["--prompts", sizes.prompts, "--group-size", group_size]
     argv += ["--max-new-tokens", sizes.new_tokens, "--micro-batch", micro_batch]
@@ -107,18 +112,28 @@ def run_ours(args, condition: str, shape: str, folder: str) -> dict:
     argv += ["--eval-size", 1, "--eval-every", 0, "--save-every", 0]
     if "lora" in condition:
         argv += ["--lora", 16]
-    if args.dtype:
+    if args.dtype is not None:
         argv += ["--dtype", args.dtype]
+    elif args.device != "cpu":  # train.py takes the models made here for the tiny one
+        argv += ["--dtype", "bfloat16"]
+    return [str(word) for word in argv]
+
+
+def run_ours(args, condition: str, shape: str, folder: str) -> dict:
+    stand_in()
+    options = train_options(args, condition, shape, folder)
+    asked = train.build_parser().parse_args(options)
+    responses = asked.prompts * asked.group_size
     main = train.main
     if "recompute" in condition:
         main = recompute.main
     with tempfile.TemporaryDirectory() as out:
-        if main([*map(str, argv), "--out", out]) != 0:
+        if main([*options, "--out", out]) != 0:
             sys.exit(2)
         records = [record for record in train.Run(out).log() if "eval" not in record]
     records = records[warm_up(args.steps) :]
     phases = [[r["sec_generate"], r["sec_score"], r["sec_update"]] for r in records]
-    tokens = [record["length"] * sizes.prompts * group_size for record in records]
+    tokens = [record["length"] * responses for record in records]
     return {"phases": phases, "tokens": tokens, "peak": peak_memory(args.device)}
 
 
@@ -329,7 +344,7 @@ def options() -> argparse.Namespace:
     add("--against", type=Path, metavar="DIR", help="another version, to run and compare with")
     add("--groups", metavar="G,G,...", help="only this: our SRPO step with these group sizes")
     add("--layers", type=count, help="of the language model of --model; else all")
-    add("--dtype", choices=("float32", "bfloat16"), help="of computing; else as train.py")
+    add("--dtype", choices=("float32", "bfloat16"), help="of computing; else bfloat16 on a GPU")
     device = train.build_parser().get_default("device")
     add("--device", default=device, help="of all that runs")
     add("--one", nargs=3, metavar=("CONDITION", "SHAPE", "FOLDER"), help=argparse.SUPPRESS)

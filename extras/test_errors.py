@@ -24,6 +24,7 @@ from test_srpo import (  # noqa: E402, F401
     complaint,
     jsonl,
     policy,
+    run,
 )
 
 # ---- options
@@ -116,6 +117,15 @@ def test_a_resumed_run_keeps_its_options(capsys, used, options):
 def test_options_changed_by_hand_meet_the_same_checks(capsys, used):
     (used / "args.json").write_text(json.dumps({"argv": ["--lr", "fast"]}))
     assert "--lr" in complaint(capsys, "--resume", used)
+
+
+@pytest.mark.parametrize("damage", ["{\n", "\udcff\n"])
+def test_damaged_records_of_a_checkpoint_are_said(capsys, tmp_path, damage):
+    run(tmp_path / "out", *ONE, "--warmup-steps", 0)
+    metrics = train.Run(tmp_path / "out").checkpoint() / "metrics.jsonl"
+    metrics.write_text(damage, errors="surrogateescape")
+    said = complaint(capsys, "--resume", tmp_path / "out")
+    assert "metrics.jsonl: not the records of a run" in said
 
 
 # ---- while it runs
