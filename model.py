@@ -469,6 +469,10 @@ def load(
     if name == "tiny":
         return build_tiny(seed, device=device, dtype=dtype)
     try:
+        if (Path(name) / "args.json").exists():
+            raise ValueError("the folder of a run; take its checkpoint-... folder")
+        if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+            raise ValueError("no such folder")
         base = base_of_adapters(name)
         if base is not None:
             policy = load(base, device=device, dtype=dtype, max_pixels=max_pixels, frozen=True)

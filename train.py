@@ -351,7 +351,7 @@ def build_judge(args):
             if not math.isfinite(found.reward):
                 raise ValueError(f"{found.reward} is not finite")
             return found
-        except Exception as error:  # whatever the function does
+        except (Exception, SystemExit) as error:  # whatever the function does
             said = f"{type(error).__name__}, {first_line(error)}"
             asked = example.source or example.question
             raise InputError(f"--reward {args.reward}: {said}; {asked}") from None
@@ -364,13 +364,15 @@ def load_function(option: str, place: str):
     file, _, name = place.rpartition(":")
     try:
         return runpy.run_path(file)[name]
-    except Exception as error:  # whatever the file does
+    except (Exception, SystemExit) as error:  # whatever the file does
         said = f"no such function FILE.py:NAME ({first_line(error)})"
         raise InputError(f"{option} {place}: {said}") from None
 
 
 def prepare(args, run: "Run"):
     """Policy, reference (or None), optimizer, and the number of steps already done."""
+    if args.model == "tiny" and args.data:
+        print("note: --model is tiny, which knows the words of drawn tasks alone", file=sys.stderr)
     if args.model == "tiny":
         torch.set_num_threads(1)  # sharing products so small costs more than it gains
     initial = warmed_up(args, run)
@@ -582,7 +584,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} ({self.prog} --help lists the options)\n")
 
 
-def number(kind, low, high=math.inf):
+def filled(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return text
+
+
+def number(kind, low, high=10**12):
     def number(text):  # argparse complains by this name
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text}: from {low} to {high}")
@@ -601,6 +609,8 @@ def build_parser() -> Parser:
 
     def add(option, help, default=None, **kwargs):
         name = option[2:].replace("-", "_")
+        if "choices" not in kwargs and "action" not in kwargs:
+            kwargs.setdefault("type", filled)
         if TINY.get(name) is not None:
             help += f" (tiny: {TINY[name]}, a real model: {REAL[name]}"
             if REAL_LORA[name] != REAL[name]:

@@ -38,6 +38,14 @@ BAD_OPTIONS = [  # TMP is a folder with what `folders` puts there
     ("--device cuda:99", "cuda:99"),
     ("--device banana", "banana"),
     ("--device meta", "meta"),
+    ("--model ./none", "no such folder"),
+    ("--model TMP/run", "take its checkpoint"),
+    ("--data=", "is empty"),
+    ("--resume=", "is empty"),
+    ("--reward=", "is empty"),
+    ("--out=", "is empty"),
+    ("--temperature inf", "temperature"),
+    ("--reward TMP/exit.py:f", "no such function"),
     ("--seed 999999999999999999999999999999", "seed"),
     ("--group-size 1", "group-size"),
     ("--temperature nan", "temperature"),
@@ -74,6 +82,9 @@ def folders(tmp_path, policy):  # noqa: F811
     (tmp_path / "text-only/config.json").write_text('{"model_type": "qwen2"}')
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
+    (tmp_path / "exit.py").write_text("raise SystemExit")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/args.json").write_text("{}")
     policy.save(tmp_path / "cut")
     (weights,) = (tmp_path / "cut").glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:5000])
@@ -84,7 +95,7 @@ def folders(tmp_path, policy):  # noqa: F811
 def test_a_bad_option_is_named(options, said, capsys, folders, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)  # as if it were not installed
     argv = options.replace("TMP", str(folders)).split()
-    if "--out" not in argv and "--resume" not in argv:
+    if not any(word.startswith(("--out", "--resume")) for word in argv):
         argv += ["--out", folders / "out"]
     assert said in complaint(capsys, *argv)
 
@@ -171,7 +182,8 @@ def test_too_little_memory_names_the_ways_out(capsys, tmp_path, monkeypatch, err
 
 
 @pytest.mark.parametrize(
-    ("value", "said"), [("float('nan')", "not finite"), ("1 / 0", "ZeroDivisionError")]
+    ("value", "said"),
+    [("float('nan')", "not finite"), ("1 / 0", "ZeroDivisionError"), ("exit()", "SystemExit")],
 )
 def test_a_reward_that_fails_names_its_question(capsys, tmp_path, value, said):
     file = tmp_path / "my.py"
