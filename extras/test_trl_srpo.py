@@ -23,7 +23,7 @@ ROOT = HERE.parent
 sys.path[:0] = [str(HERE), str(ROOT)]
 
 import host  # noqa: E402
-from bench import processor_for  # noqa: E402
+from bench_trl import processor_for  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from test_easyr1_srpo import scored  # noqa: E402
 from transformers import AutoModelForImageTextToText, TrainerCallback  # noqa: E402
