@@ -23,7 +23,7 @@ ROOT = HERE.parent
 sys.path[:0] = [str(HERE), str(ROOT)]
 
 import host  # noqa: E402
-from bench_trl import processor_for  # noqa: E402
+from bench_trl import Processor  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from test_easyr1_srpo import scored  # noqa: E402
 from transformers import AutoModelForImageTextToText, TrainerCallback  # noqa: E402
@@ -118,7 +118,7 @@ def trained(kind, folder, out, batch=2 * G, steps=2, options=None, config=None):
         reward,
         GRPOConfig(**arguments),
         Dataset.from_list(rows),
-        processing_class=processor_for(policy),
+        processing_class=Processor(policy),
         callbacks=[recorder],
         **(options or {}),
     )
@@ -389,7 +389,7 @@ def test_the_readmes_script_trains(section, folder, tmp_path, monkeypatch, capsy
     def small_config(*args, **kwargs):
         return GRPOConfig(*args, **{**kwargs, **small})
 
-    processor = processor_for(model.load(folder))  # the real one needs torchvision
+    processor = Processor(model.load(folder))  # the real one needs torchvision
 
     def load_processor(*_, **__):
         return processor
