@@ -20,7 +20,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -131,6 +131,7 @@ class Example:
     hint: str = ""
     source: str = ""
     response: str = ""  # a demonstration to imitate
+    row: dict = field(default_factory=dict, compare=False)  # all columns of a user's row
 
 
 def draw_scene(scene: Sequence[Fact], size: int, rng: np.random.Generator) -> Image.Image:
@@ -276,9 +277,9 @@ class Verdict:
 def averages(verdicts: Sequence[Verdict]) -> dict[str, float | None]:
     """Mean of each figure over the responses; None where the scene is unknown."""
     means = {}
-    for field in fields(Verdict):
-        values = [getattr(verdict, field.name) for verdict in verdicts]
-        means[field.name] = None if None in values else float(np.mean(values))
+    for figure in fields(Verdict):
+        values = [getattr(verdict, figure.name) for verdict in verdicts]
+        means[figure.name] = None if None in values else float(np.mean(values))
     return means
 
 
@@ -388,13 +389,19 @@ class OwnTask:
     for evaluation.
     """
 
-    def __init__(self, path: str | Path, seed: int = 0, eval_all: bool = False):
+    def __init__(self, path: str | Path, seed: int = 0, eval_all: bool = False, judge=None):
+        """With a `judge`, the answer of a row must be right by it, or could never be learned."""
         self.path = Path(path)
         self.seed = seed
         rows = [self._parse(source, row) for source, row in read_json_lines(self.path)]
         digests = []  # of each row, the hashes of its images
         for names, example in tqdm(rows, f"checking {self.path.name}", disable=None, delay=2):
-            _, files = self._load(names, example)
+            example, files = self._load(names, example)
+            if judge is not None and len(digests) < 1000:  # a judge may be slow
+                verdict = judge(respond("a", "b", example.answer), example)
+                if verdict.accuracy != 1:
+                    problem = f"the reward does not accept {example.answer!r} as its own answer"
+                    raise InputError(f"{example.source}: {problem}")
             digests.append({hashlib.sha256(file).hexdigest() for file in files})
         images = sorted(set().union(*digests))
         held_out = set(images[: max(1, len(images) // 10)])
@@ -406,6 +413,7 @@ class OwnTask:
             for row_images in digests:
                 if row_images & held_out:
                     held_out |= row_images
+        self.answers = [example.answer for _, example in rows]
         self._eval = []
         self._train = []
         for row, row_images in zip(rows, digests, strict=True):
@@ -430,27 +438,43 @@ class OwnTask:
 
     def _parse(self, source: str, row: dict) -> tuple[list[str], Example]:
         """Names of the images, and the example without them."""
-        try:
-            images = row["images"] if "images" in row else [row["image"]]
-            question = row["question"]
-            answer = row["answer"]
-            response = row.get("response", "")
-            if not isinstance(images, list) or not images or isinstance(answer, list | dict | None):
-                raise TypeError
-            answer = str(answer)
-            "".join([question, answer, response, *images]).encode()  # no lone surrogates
-        except (ValueError, KeyError, TypeError):
-            needed = "needs image (or a list, images), question, answer"
-            raise InputError(f"{source}: {needed}") from None
+        if "image" in row and "images" in row:
+            raise InputError(f"{source}: image and images; give one of them")
+        for name in ("messages", "system"):
+            if name in row:
+                raise InputError(f"{source}: {name} is not read; put it into the question")
+        images = row["images"] if "images" in row else [row.get("image")]
+        if not isinstance(images, list) or not images:
+            raise InputError(f"{source}: images must be a list of file names, not {shown(images)}")
+        for name in images:
+            if not isinstance(name, str) or name.startswith("data:"):
+                advice = "for data in other forms see extras/from_hub.py"
+                problem = f"image must be a file name, not {shown(name)}; {advice}"
+                raise InputError(f"{source}: {problem}")
+        question = row.get("question")
+        if not isinstance(question, str):
+            raise InputError(f"{source}: question must be text, not {shown(question)}")
+        answer = row.get("answer")
+        if answer is None or isinstance(answer, list | dict):
+            raise InputError(f"{source}: answer must be text or a number, not {shown(answer)}")
+        answer = str(answer)
+        response = row.get("response", "")
+        if not isinstance(response, str):
+            raise InputError(f"{source}: response must be text, not {shown(response)}")
+        if re.search("[\ud800-\udfff]", "".join([question, answer, response, *images])):
+            raise InputError(f"{source}: holds half a character (a lone surrogate)")
         if re.search(r"<\|(image|video)_pad\|>", question):
             raise InputError(f"{source}: take the image placeholder out")
         if question.count(IMAGE_MARK) not in (0, len(images)):
             raise InputError(f"{source}: give {len(images)} {IMAGE_MARK} marks, or none")
+        if re.search(r"</?answer>|#### |\\boxed.*\\boxed", answer, re.DOTALL):
+            raise InputError(f"{source}: give the answer alone, not {shown(answer)}")
         if not answers_match(answer, answer):
             raise InputError(f"{source}: the answer {answer!r} is blank")
         if response and not parse_response(response, TAGS):
             raise InputError(f"{source}: the response lacks the form")
-        return images, Example((), question, answer, source=source, response=response)
+        example = Example((), question, answer, source=source, response=response, row=row)
+        return images, example
 
     def _load(self, names: list[str], example: Example) -> tuple[Example, list[bytes]]:
         """The example with its images, and the bytes of their files."""
@@ -467,6 +491,17 @@ class OwnTask:
         return replace(example, images=tuple(images)), files
 
 
+def shown(value) -> str:
+    """A value in a message: what it is, and how it begins."""
+    if value is None:
+        return "missing"
+    return f"{type(value).__name__} {str(value)[:40]!r}"
+
+
+def not_json(constant: str):
+    raise InputError(f"{constant} is no JSON; put it in quotes")
+
+
 def read_json_lines(path: Path) -> list[tuple[str, dict]]:
     """("file:line", object) of each line. InputError where the file or a line is anything else."""
     try:
@@ -479,8 +514,10 @@ def read_json_lines(path: Path) -> list[tuple[str, dict]]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line[: 10**6])
+        try:  # numbers as the file writes them: 0.00001 is not to become 1e-05
+            row = json.loads(line, parse_float=str, parse_int=str, parse_constant=not_json)
+        except InputError as error:
+            raise InputError(f"{path}:{number}: {error}") from None
         except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):

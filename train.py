@@ -56,8 +56,8 @@ WARMUP_VERSION = 1  # raise it when a change alters the warmed-up tiny model, wh
 
 def train(args: argparse.Namespace, run: "Run") -> None:
     """B responses of up to T tokens a step, G to each prompt; [b, T] is a micro-batch of them."""
-    task = build_task(args)
     judge = build_judge(args)
+    task = build_task(args, judge)
     weigh = build_weigh(args)
     policy, reference, optimizer, done = prepare(args, run)
     parameters = optimizer.param_groups[0]["params"]
@@ -325,10 +325,24 @@ def with_weights(text: str, offsets, weights) -> str:
 # ---- what the loop works with
 
 
-def build_task(args):
+def build_task(args, judge=None):
+    """The drawn task, or the rows of --data, whose answers must be right by the judge if given."""
     if args.data:
-        return data.OwnTask(args.data, args.seed, args.eval_all)
+        task = data.OwnTask(args.data, args.seed, args.eval_all, judge)
+        if not args.reward:
+            note_hard_answers(task.answers)
+        return task
     return data.DrawnTask(args.task, seed=args.seed, size=args.image_size)
+
+
+def note_hard_answers(answers: list[str]) -> None:
+    """Say when many answers are more than the numbers and words that `verify` compares."""
+    hard = r"\\|\$|\d ?(°|%|cm\b|kg\b|m\b)|^\(?[A-J]\)?\.?$"  # formulas, units, choices
+    found = [answer for answer in answers if re.search(hard, answer)]
+    if len(found) > 0.05 * len(answers):
+        share = f"{len(found) / len(answers):.0%} of the answers, like {found[0]!r},"
+        advice = "--reward extras/answers.py:reward grades them"
+        print(f"note: {share} look like formulas, units or choices: {advice}", file=sys.stderr)
 
 
 def build_weigh(args):
@@ -350,6 +364,9 @@ def build_judge(args):
                 found = replace(verify(text, example), reward=float(found))
             if not math.isfinite(found.reward):
                 raise ValueError(f"{found.reward} is not finite")
+            for figure in (found.reward, found.accuracy, found.format):
+                if not isinstance(figure, int | float):
+                    raise TypeError(f"a Verdict with {figure!r}")
             return found
         except (Exception, SystemExit) as error:  # whatever the function does
             said = f"{type(error).__name__}, {first_line(error)}"
@@ -362,6 +379,7 @@ def build_judge(args):
 def load_function(option: str, place: str):
     """The function that FILE.py:NAME says, or InputError."""
     file, _, name = place.rpartition(":")
+    sys.path.insert(0, str(Path(file).resolve().parent))  # for what it imports from beside it
     try:
         return runpy.run_path(file)[name]
     except (Exception, SystemExit) as error:  # whatever the file does

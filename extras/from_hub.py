@@ -5,13 +5,15 @@
     python extras/from_hub.py FOLDER DIR --split test            a folder that `datasets` wrote
 
 Columns may have the names in use: image or images; problem or question; answer or solution. Of a
-worked solution the last \\boxed{...}, or what stands between <answer> tags, is the answer. Images
-keep their bytes.
+worked solution the last \\boxed{...}, or what stands between <answer> tags, is the answer. Options
+in a column choices or options are listed below the question, as A. to J.; an answer that is the
+number of one of them, counted from 0, becomes its letter. Images keep their bytes.
 """
 
 import io
 import json
 import os
+import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -19,12 +21,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from answers import unboxed  # noqa: E402
+from answers import listed_options  # noqa: E402
+from notation import unboxed  # noqa: E402
 from PIL import Image  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from data import InputError, first_line  # noqa: E402
 from train import Parser  # noqa: E402
+
+LETTERS = "ABCDEFGHIJ"
 
 
 @dataclass
@@ -34,6 +39,7 @@ class Columns:
     images: str
     question: str
     answer: str
+    options: str | None  # where the data set has them
 
 
 def load(name: str, split: str):
@@ -62,7 +68,12 @@ def load(name: str, split: str):
         raise InputError(f"{name}: has no column {' or '.join(names)}, only {present}")
 
     images = column("images", "image")
-    columns = Columns(images, column("problem", "question"), column("answer", "solution"))
+    options = None
+    for wanted in ("choices", "options"):
+        if wanted in rows.column_names:
+            options = wanted
+    question = column("problem", "question")
+    columns = Columns(images, question, column("answer", "solution"), options)
     kind = rows.features[images]
     raw = datasets.Image(decode=False)
     if isinstance(kind, datasets.Image):
@@ -70,6 +81,37 @@ def load(name: str, split: str):
     elif isinstance(getattr(kind, "feature", None), datasets.Image):  # a list of them
         rows = rows.cast_column(images, type(kind)(raw))
     return rows, columns
+
+
+def with_options(question: str, answer, options, source: str) -> tuple[str, str | None]:
+    """The question with its options listed, and the letter of the answer if it is their number."""
+    if not options:
+        return question, None
+    if not isinstance(options, list) or not all(isinstance(text, str) for text in options):
+        raise InputError(f"{source}: expected a list of texts as options, got {str(options)[:60]}")
+    if not 2 <= len(options) <= len(LETTERS):
+        raise InputError(f"{source}: {len(options)} options; expected 2 to {len(LETTERS)}")
+    lettered = list(options)
+    if len(listed_options("\n".join(options))) < len(options):  # else they have their letters
+        lettered = [f"{letter}. {text}" for letter, text in zip(LETTERS, options, strict=False)]
+    listed = listed_options(question)
+    same_order = listed == listed_options("\n".join(lettered))
+    if not listed:
+        question = "\n".join([question, *lettered])
+    is_text = isinstance(answer, str) and answer.strip() in options
+    if not re.fullmatch(r"-?\d+", str(answer).strip()):
+        return question, None
+    is_number = 0 <= int(answer) < len(options)
+    if is_text and is_number:
+        raise InputError(f"{source}: the answer {answer!r} may be an option's text or its number")
+    if is_text:
+        return question, None
+    if not is_number:
+        last = len(options) - 1
+        raise InputError(f"{source}: the answer {answer} is no option; they are 0 to {last}")
+    if listed and not same_order:
+        raise InputError(f"{source}: the question lists other options than {str(options)[:60]}")
+    return question, LETTERS[int(answer)]
 
 
 def answer_of(row: dict, column: str, source: str) -> str:
@@ -125,7 +167,13 @@ def write(name: str, split: str, folder: Path) -> int:
                 wanted = f"an image in {columns.images}, text in {columns.question}"
                 wanted += f", one answer in {columns.answer}"
                 raise InputError(f"{source}: expected {wanted}")
-            answer = answer_of(row, columns.answer, source)
+            options = None
+            if columns.options is not None:
+                options = row[columns.options]
+            question, letter = with_options(question, row[columns.answer], options, source)
+            answer = letter
+            if letter is None:
+                answer = answer_of(row, columns.answer, source)
             paths = write_images(images, folder, number, source)
             line = {"images": paths, "question": question, "answer": answer}
             file.write(json.dumps(line) + "\n")

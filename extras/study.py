@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,14 +78,10 @@ def in_sentences(example: data.Example, noise: float, rng: np.random.Generator) 
     return text[:start] + sentences + text[end:]
 
 
-def larger_scenes(args) -> data.DrawnTask:
-    return data.DrawnTask(args.task, seed=args.seed, size=args.image_size, objects=(4, 6))
-
-
 def install_sentences() -> None:
     """Into the cold start, the tasks and the tiny model's vocabulary, for this process."""
     train.demonstrate = in_sentences
-    train.build_task = larger_scenes
+    data.DrawnTask = partial(data.DrawnTask, objects=(4, 6))
     words = model.TINY_WORDS
     place = words.index("0")
     model.TINY_WORDS = [*words[:place], *FILLER, *words[place:]]

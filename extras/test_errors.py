@@ -14,6 +14,7 @@ from PIL import Image
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+import data  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
 from test_srpo import (  # noqa: E402, F401
@@ -205,12 +206,23 @@ BAD_ROWS = [
     ({"image": "big.png"}, "too large"),
     ({"image": "long.png"}, "200 to 1"),
     ({"image": "."}, "cannot be read"),
-    ({"images": []}, "needs"),
-    ({"images": "0.png"}, "needs"),
-    ({"answer": None}, "needs"),
-    ({"answer": ["a"]}, "needs"),
-    ({"question": "\ud83d"}, "needs"),
-    ({"answer": "\ud83d"}, "needs"),
+    ({"image": 5}, "No such file"),
+    ({"image": ["0.png"]}, "image must be a file name, not list"),
+    ({"image": None}, "image must be a file name, not missing"),
+    ({"image": "data:image/png;base64,iVBO"}, "extras/from_hub.py"),
+    ({"images": ["0.png"]}, "image and images; give one"),
+    ({"system": "Be brief."}, "system is not read"),
+    ({"messages": []}, "messages is not read"),
+    ({"question": ["q"]}, "question must be text, not list"),
+    ({"question": None}, "question must be text, not missing"),
+    ({"answer": None}, "answer must be text or a number, not missing"),
+    ({"answer": ["a"]}, "answer must be text or a number, not list"),
+    ({"question": "\ud83d"}, "lone surrogate"),
+    ({"answer": "\ud83d"}, "lone surrogate"),
+    ({"answer": "<answer>1</answer>"}, "give the answer alone"),
+    ({"answer": "so 3 #### 3"}, "give the answer alone"),
+    ({"answer": r"\boxed{1} or \boxed{2}"}, "give the answer alone"),
+    ({"response": ["r"]}, "response must be text, not list"),
     ({"answer": " ."}, "blank"),
     ({"question": "<|image_pad|>"}, "placeholder"),
     ({"question": "<image><image>"}, "1 <image>"),
@@ -218,7 +230,11 @@ BAD_ROWS = [
 ]
 BAD_LINES = [
     ('{"image": "0.png", "question"', "expected one JSON object"),
-    ('{"image": "0.png", "question": "q"}', "needs"),
+    ('{"image": "0.png", "question": "q"}', "answer must be text or a number, not missing"),
+    ('{"images": [], "question": "q", "answer": 1}', "images must be a list"),
+    ('{"images": "0.png", "question": "q", "answer": 1}', "images must be a list"),
+    ('{"image": "0.png", "question": "q", "answer": NaN}', "NaN is no JSON"),
+    ('{"image": "0.png", "question": "q", "answer": -Infinity}', "-Infinity is no JSON"),
     ("[1]", "expected one JSON object"),
     ("[" * 100_000, "expected one JSON object"),
 ]
@@ -256,6 +272,59 @@ def test_a_file_that_is_no_text_is_refused(capsys, tmp_path, jsonl):  # noqa: F8
     jsonl()
     said = complaint(capsys, "--data", tmp_path / "0.png", "--out", tmp_path / "out")
     assert "cannot be read" in said
+
+
+def test_numbers_keep_the_text_of_the_file(jsonl):  # noqa: F811
+    line = '{"image": "2.png", "question": "q", "answer": 0.00001}'
+    task = data.OwnTask(jsonl(line), eval_all=True)
+    assert "0.00001" in task.answers
+
+
+def test_a_reward_sees_all_columns_and_imports_from_beside_it(jsonl, tmp_path):  # noqa: F811
+    (tmp_path / "beside.py").write_text("known = {'hard': 1.0}")
+    (tmp_path / "my.py").write_text(
+        "import beside\ndef reward(text, example): return beside.known[example.row['level']]"
+    )
+    lines = [json.dumps({**ROW, "image": f"{i}.png", "level": "hard"}) for i in range(10)]
+    args = train.resolve_options(["--reward", f"{tmp_path}/my.py:reward"])
+    (example, *_) = data.OwnTask(jsonl(lines=lines)).eval_set(1)
+    assert train.build_judge(args)("", example).reward == 1
+
+
+def test_an_answer_that_the_reward_refuses_is_said_before_the_first_step(
+    capsys,
+    tmp_path,
+    jsonl,  # noqa: F811
+):
+    file = tmp_path / "my.py"
+    file.write_text(
+        "import data\n"
+        "def reward(text, example):\n"
+        "    return data.Verdict(0.0, float(example.answer != '1'), 1.0)\n"
+    )
+    options = ["--data", jsonl(), "--reward", f"{file}:reward", "--out", tmp_path / "out"]
+    said = complaint(capsys, *options)
+    assert "rows.jsonl:2: the reward does not accept '1' as its own answer" in said
+
+
+@pytest.mark.parametrize("figure", ["None", "'high'"])
+def test_a_verdict_without_numbers_is_refused(capsys, tmp_path, figure):
+    file = tmp_path / "my.py"
+    file.write_text(
+        f"import data\ndef reward(text, example): return data.Verdict(0.0, {figure}, 1.0)\n"
+    )
+    options = [*ONE, "--warmup-steps", 0, "--reward", f"{file}:reward"]
+    said = complaint(capsys, *options, "--out", tmp_path / "out")
+    assert "TypeError, a Verdict with" in said
+
+
+def test_answers_that_need_another_reward_are_noted(capsys):
+    train.note_hard_answers(["3", "4", "red", "1,000"])
+    assert capsys.readouterr().err == ""
+    train.note_hard_answers(["3", "5 cm", "$13$", "B"])
+    said = capsys.readouterr().err
+    assert "75% of the answers, like '5 cm'" in said
+    assert "--reward extras/answers.py:reward" in said
 
 
 def test_a_run_that_never_started_leaves_its_folder_free(capsys, tmp_path, jsonl):  # noqa: F811

@@ -13,6 +13,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 datasets = pytest.importorskip("datasets", reason="pip install datasets")
 
+import answers  # noqa: E402
 import from_hub  # noqa: E402
 
 import data  # noqa: E402
@@ -111,11 +112,67 @@ def test_the_answer_of_a_solution(solution, answer):
     assert from_hub.answer_of({"solution": solution}, "solution", "row 0") == answer
 
 
+CHOICES = ["red", "dark blue", "green"]
+
+
+@pytest.mark.parametrize(("answer", "letter"), [(0, "A"), (2, "C"), ("1", "B"), ("C", "C")])
+@pytest.mark.parametrize("column", ["choices", "options"])
+def test_the_number_of_an_option_becomes_its_letter(answer, letter, column, tmp_path):
+    rows = {"image": PICTURES, "question": ASKED, column: [CHOICES] * 12, "answer": [answer] * 12}
+    name = saved(tmp_path / "one", rows, kind=datasets.Image())
+    assert from_hub.main([name, str(tmp_path / "out")]) == 0
+    (example,) = data.OwnTask(tmp_path / "out/rows.jsonl").train_batch(0, 1)
+    assert example.question == "?\nA. red\nB. dark blue\nC. green"
+    assert example.answer == letter
+    text = CHOICES["ABC".index(letter)]
+    assert answers.is_right(text, example.answer, example.question)
+    assert not answers.is_right("blue", example.answer, example.question)
+
+
+def test_options_that_the_question_lists_are_not_listed_again(tmp_path):
+    question = "Which? (A) red (B) dark blue (C) green"
+    rows = {
+        "image": PICTURES,
+        "question": [question] * 12,
+        "choices": [CHOICES] * 12,
+        "answer": ["dark blue"] * 12,
+    }
+    name = saved(tmp_path / "one", rows, kind=datasets.Image())
+    assert from_hub.main([name, str(tmp_path / "out")]) == 0
+    (example,) = data.OwnTask(tmp_path / "out/rows.jsonl").train_batch(0, 1)
+    assert (example.question, example.answer) == (question, "dark blue")
+
+
+def test_a_row_without_options_is_as_before(tmp_path):
+    rows = {"image": PICTURES, "question": ASKED, "choices": [[]] * 12, "answer": [7] * 12}
+    name = saved(tmp_path / "one", rows, kind=datasets.Image())
+    assert from_hub.main([name, str(tmp_path / "out")]) == 0
+    (example,) = data.OwnTask(tmp_path / "out/rows.jsonl").train_batch(0, 1)
+    assert (example.question, example.answer) == ("?", "7")
+
+
 def test_it_needs_no_math_verify(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
     rows = {"image": PICTURES, "question": ASKED, "answer": [r"\boxed{1}"] * 12}
     name = saved(tmp_path / "one", rows, kind=datasets.Image())
     assert from_hub.main([name, str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize("choices", [["A. red", "B. blue"], ["(A) red", "(B) blue"]])
+def test_options_keep_the_letters_that_they_have(choices):
+    question, letter = from_hub.with_options("?", 1, choices, "row 0")
+    assert question == "\n".join(["?", *choices])
+    assert letter == "B"
+
+
+def test_an_answer_that_can_only_be_the_text_of_an_option_stays():
+    question, letter = from_hub.with_options("?", "20", ["10", "20"], "row 0")
+    assert (question, letter) == ("?\nA. 10\nB. 20", None)
+
+
+def with_choices(choices, answer) -> dict:
+    rows = {"image": PICTURES, "question": ASKED}
+    return {**rows, "choices": [choices] * 12, "answer": [answer] * 12}
 
 
 FAULTS = {
@@ -127,6 +184,15 @@ FAULTS = {
         "solution": ["The same color, so it is yes."] * 12,
     },
     "row 0: expected": {"image": PICTURES, "question": ASKED, "answer": [["yes", "yeah"]] * 12},
+    "row 0: the answer 3 is no option; they are 0 to 2": with_choices(CHOICES, 3),
+    "row 0: the answer -1 is no option": with_choices(CHOICES, -1),
+    "row 0: the answer '1' may be an option's text or its number": with_choices(["1", "2"], "1"),
+    "row 0: the question lists other options": {
+        **with_choices(CHOICES, 1),
+        "question": ["Which? (A) dark blue (B) red (C) green"] * 12,
+    },
+    "row 0: 1 options; expected 2 to 10": with_choices(["1"], "0"),
+    "row 0: expected a list of texts as options, got red": with_choices("red", 0),
 }
 
 

@@ -103,12 +103,12 @@ def test_what_cannot_be_run_any_more_is_tabled_and_refused(capsys, tmp_path):
 
 
 def test_sentences_state_the_facts(monkeypatch):
-    for module, name in ((train, "demonstrate"), (train, "build_task"), (model, "TINY_WORDS")):
+    for module, name in ((train, "demonstrate"), (data, "DrawnTask"), (model, "TINY_WORDS")):
         monkeypatch.setattr(module, name, getattr(module, name))  # to be put back
     study.install_sentences()
     policy = model.build_tiny()
     rng = np.random.default_rng(0)
-    args = Namespace(task="add", seed=0, image_size=48)
+    args = Namespace(task="add", seed=0, image_size=48, data=None)
     examples = train.build_task(args).train_batch(0, 200)
     texts = [train.demonstrate(example, 0.0, rng) for example in examples]
     assert {len(example.scene) for example in examples} == {4, 5, 6}
