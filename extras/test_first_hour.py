@@ -80,7 +80,7 @@ def test_demonstrations_of_your_own_are_imitated(jsonl, tmp_path):  # noqa: F811
 
 @pytest.mark.parametrize(
     ("response", "said"),
-    [("<answer>1</answer>", "lacks the form"), ("", "needs a response"), (7, "needs")],
+    [("<answer>1</answer>", "lacks the form"), ("", "needs a response"), (7, "lacks the form")],
 )
 def test_demonstrations_that_show_nothing_are_named(response, said, jsonl, tmp_path, capsys):  # noqa: F811
     path = jsonl(lines=rows_with(response))
