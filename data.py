@@ -509,7 +509,9 @@ def read_json_lines(path: Path) -> list[tuple[str, dict]]:
             raise OSError("not a file")  # a pipe would be waited for
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines also cuts at U+2028
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+        problem = f"cannot be read as UTF-8 text ({error})"
+        advice = "extras/from_hub.py turns other forms of data into JSON lines"
+        raise InputError(f"{path}: {problem}; {advice}") from None
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -520,6 +522,9 @@ def read_json_lines(path: Path) -> list[tuple[str, dict]]:
             raise InputError(f"{path}:{number}: {error}") from None
         except (ValueError, RecursionError):
             row = None
+        if line.lstrip().startswith("["):
+            advice = "take it apart with jq -c '.[]'"
+            raise InputError(f"{path}:{number}: a JSON array, not one object a line; {advice}")
         if not isinstance(row, dict):
             raise InputError(f"{path}:{number}: expected one JSON object, got {line[:60]!r}")
         rows.append((f"{path}:{number}", row))

@@ -235,8 +235,9 @@ BAD_LINES = [
     ('{"images": "0.png", "question": "q", "answer": 1}', "images must be a list"),
     ('{"image": "0.png", "question": "q", "answer": NaN}', "NaN is no JSON"),
     ('{"image": "0.png", "question": "q", "answer": -Infinity}', "-Infinity is no JSON"),
-    ("[1]", "expected one JSON object"),
-    ("[" * 100_000, "expected one JSON object"),
+    ("[1]", "a JSON array, not one object a line; take it apart with jq"),
+    ("[" * 100_000, "a JSON array"),
+    ("7", "expected one JSON object, got '7'"),
 ]
 BAD_LINES += [(json.dumps({**ROW, **change}), said) for change, said in BAD_ROWS]
 
@@ -271,7 +272,8 @@ def test_files_without_rows_to_train_on_are_refused(lines, said, capsys, tmp_pat
 def test_a_file_that_is_no_text_is_refused(capsys, tmp_path, jsonl):  # noqa: F811
     jsonl()
     said = complaint(capsys, "--data", tmp_path / "0.png", "--out", tmp_path / "out")
-    assert "cannot be read" in said
+    assert "cannot be read as UTF-8" in said
+    assert "extras/from_hub.py" in said
 
 
 def test_numbers_keep_the_text_of_the_file(jsonl):  # noqa: F811
