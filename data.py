@@ -283,8 +283,10 @@ def averages(verdicts: Sequence[Verdict]) -> dict[str, float | None]:
     return means
 
 
-# Markdown and quotes around an answer, and parentheses around a single word.
-WRAPPED = re.compile(r"""[*`]+(.+?)[*`]+|"(.+)"|'(.+)'|“(.+)”|‘(.+)’|\(([\w.%/+-]+)\)""")
+# Markdown and quotes around an answer, and parentheses around a single word. The `++` never gives
+# back what it took: a long row of stars would otherwise be tried in all ways, for minutes.
+MARKDOWN = r"[*`]++([^*`](?:.*[^*`])?)[*`]++"
+WRAPPED = re.compile(MARKDOWN + r"""|"(.+)"|'(.+)'|“(.+)”|‘(.+)’|\(([\w.%/+-]+)\)""")
 
 
 def answers_match(given: str, truth: str) -> bool:

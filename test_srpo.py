@@ -298,6 +298,8 @@ def test_no_gradient_flows_through_weights_and_no_input_is_changed(batch):
     assert inputs["logp"].grad.abs().sum() > 0
     assert inputs["old_logp"].grad is None
     assert inputs["ref_logp"].grad is None
+    assert inputs["corrupted"].grad is None
+    assert inputs["blank"].grad is None
     assert not w.requires_grad
     assert not A_hat.requires_grad
     assert not stats["ratio"].requires_grad
@@ -520,7 +522,11 @@ def test_the_parser_finds_the_blocks(text, blocks):
     assert tuple(text[start:end] for start, end in spans) == blocks
 
 
-@pytest.mark.parametrize("unit", ["<", "<perception", "<perception>", "</perception>", "a ", "\n"])
+UNITS = ["<", "<perception", "<perception>", "</perception>", "a ", "\n"]
+UNITS.append("<perception></perception>")
+
+
+@pytest.mark.parametrize("unit", UNITS)
 def test_the_parser_searches_a_text_a_fixed_number_of_times(unit):
     """So it is linear, however many broken tags the text holds."""
     calls = []
@@ -532,8 +538,10 @@ def test_the_parser_searches_a_text_a_fixed_number_of_times(unit):
 
     for text in (unit * 20_000, GOOD.replace(">a<", f">{unit * 20_000}<")):
         calls.clear()
-        parse_response(Counted(text))
+        found = parse_response(Counted(text))
         assert 0 < len(calls) <= 12
+        if "perception>" in unit:
+            assert found is None
 
 
 def test_tags_can_be_renamed():
@@ -676,11 +684,9 @@ def test_the_worked_example_follows_from_its_own_inputs():
             assert cell in ("", f"{value:.2f}"), name
 
 
-LOGGED = {
-    *("reward", "accuracy", "format", "perception", "grounded", "consistent"),
-    *("loss", "clip_frac", "kl", "grad_norm", "ratio_off", "entropy", "length", "used_groups"),
-    *("w_perception", "w_reasoning", "sec_generate", "sec_score", "sec_update"),
-}
+LOGGED = {"reward", "accuracy", "format", "perception", "grounded", "consistent"}
+LOGGED |= {"loss", "clip_frac", "kl", "grad_norm", "ratio_off", "entropy", "length", "used_groups"}
+LOGGED |= {"w_perception", "w_reasoning", "sec_generate", "sec_score", "sec_update"}
 
 
 def test_every_command_in_the_readmes_is_one():
@@ -696,8 +702,11 @@ def test_every_option_file_and_function_that_the_readmes_name_exists():
     extras = {path.name: path.read_text(encoding="utf-8") for path in HERE.glob("extras/*.py")}
     for option in re.findall(r"`(--[a-z-]+)", README + MORE):
         assert option in options or any(f'"{option}"' in text for text in extras.values()), option
-    for path in re.findall(r"\]\((?!http|#)([^)#]+)", README):
-        assert (HERE / path).exists(), path
+    for folder, text in ((HERE, README), (HERE / "extras", MORE)):
+        for path in re.findall(r"\]\((?!http|#)([^)#]+)", text):
+            assert (folder / path).exists(), path
+    for name in re.findall(r"`(test_\w+)`", README + MORE):
+        assert name in globals(), name
     for file, name in re.findall(r"extras/(\w+\.py):(\w+)", README + MORE):
         assert f"def {name}(" in extras[file], name
     for name in re.findall(r"`(\w+)(?:\(|`)", section("The method, step by step")):
@@ -1141,18 +1150,26 @@ def test_the_reward_is_accuracy_and_the_share_of_tags_in_place(response, accurac
     assert v.reward == pytest.approx(0.9 * accuracy + tags / 60)
 
 
-SAME = [
-    *[("3", "3.0"), ("1,000", "1000"), ("1/2", "0.5"), ("\u22127", "-7"), ("7.", "7")],
-    *[("(B)", "b"), ("B.", "B"), ("Same", "same"), ("Same!", "same"), (".5", "0.5")],
-    *[("  two  words ", "Two words"), ("nan", "NaN"), ("<", "<"), ("**3**", "3"), ("(3)", "3")],
-    *[("'red'", "red"), ("e\u0301", "\u00e9"), ("+3", "3")],
+SAME = [("3", "3.0"), ("1,000", "1000"), ("1/2", "0.5"), ("\u22127", "-7"), ("7.", "7")]
+SAME += [("(B)", "b"), ("B.", "B"), ("Same", "same"), ("Same!", "same"), (".5", "0.5")]
+SAME += [("  two  words ", "Two words"), ("nan", "NaN"), ("<", "<"), ("**3**", "3"), ("(3)", "3")]
+SAME += [("'red'", "red"), ("e\u0301", "\u00e9"), ("+3", "3")]
+DIFFERENT = [("-7", "7"), ("12", "1"), ("A dog", "a"), ("", ""), (".", "."), ("1/0", "1")]
+DIFFERENT += [
+    ("1e999999999", "1"),
+    ("3 apples", "3"),
+    ("-5 cm", "5 cm"),
+    (".5 m", "5 m"),
+    ("<5", ">5"),
 ]
-DIFFERENT = [
-    *[("-7", "7"), ("12", "1"), ("A dog", "a"), ("", ""), (".", "."), ("1/0", "1")],
-    *[("1e999999999", "1"), ("3 apples", "3"), ("-5 cm", "5 cm"), (".5 m", "5 m"), ("<5", ">5")],
-    *[("C++", "C"), ("(-2, 3)", "(2, 3)"), ("(1) + (2)", "1) + (2"), ("5!", "5"), ("f'", "f")],
-    *[("(0, 1)", "[0, 1]"), ("[1,200]", "1200"), ("0" * 5000, "0"), ("1,00", "100")],
+DIFFERENT += [
+    ("C++", "C"),
+    ("(-2, 3)", "(2, 3)"),
+    ("(1) + (2)", "1) + (2"),
+    ("5!", "5"),
+    ("f'", "f"),
 ]
+DIFFERENT += [("(0, 1)", "[0, 1]"), ("[1,200]", "1200"), ("0" * 5000, "0"), ("1,00", "100")]
 
 
 @pytest.mark.parametrize(("given", "truth"), SAME)
@@ -1166,9 +1183,10 @@ def test_answers_that_differ(given, truth):
 
 
 @pytest.mark.parametrize("unit", [". ", "\n", "0", "(", "'", "*", "1,000", "!", "é", "a!"])
-def test_any_answer_is_compared_in_a_moment(unit):
+@pytest.mark.parametrize("end", ["", "x"])
+def test_any_answer_is_compared_in_a_moment(unit, end):
     start = time.perf_counter()
-    data.answers_match(unit * 20_000, "1")
+    data.answers_match(unit * 20_000 + end, "1")
     data.verify(data.respond("x", "y", unit * 20_000), EXAMPLE)
     assert time.perf_counter() - start < 1
 
@@ -1434,7 +1452,7 @@ def test_lambda_0_is_grpo_number_for_number(tmp_path):
 HOOK = """
 import torch, train
 def same(*tensors, **options):
-    torch.save((tensors, options), "FOLDER/seen.pt")
+    torch.save((tensors, options), f"FOLDER/seen-{options['progress']}.pt")
     return train.srpo_weights(*tensors, **options)
 def doubled(logp, *others, **options):
     return 2 * torch.ones_like(logp)
@@ -1452,15 +1470,25 @@ def test_weights_of_your_own_take_the_place_of_srpos(tmp_path, default_step):
     assert doubled["w_perception"] == 2
     assert doubled["grad_norm"] == pytest.approx(2 * grpo["grad_norm"], rel=1e-4)
 
-    (logp, logp_corrupted, logp_blank, roles, A), options = torch.load(tmp_path / "seen.pt")
+    (logp, logp_corrupted, logp_blank, roles, A), options = torch.load(tmp_path / "seen-0.0.pt")
     assert logp.shape == logp_corrupted.shape == logp_blank.shape == roles.shape
     assert A.shape == (len(logp),)
     assert (A != 0).all()
     assert (logp_corrupted != 0).sum() == (logp != 0).sum()  # of every token, whatever its role
     assert (logp_blank[roles == P] == 0).all()  # hidden
     assert options["entropy"].shape == logp.shape
-    assert options["progress"] == 0
     assert (options["tau"], options["w_min"], options["w_max"]) == (1.0, 0.8, 1.2)
+
+
+def test_weights_of_your_own_are_told_the_options_and_the_progress(tmp_path):
+    file = tmp_path / "hook.py"
+    file.write_text(HOOK.replace("FOLDER", str(tmp_path)))
+    options = ["--steps", 3, "--tau", 0.5, "--w-min", 0.7, "--w-max", 1.4]
+    run(tmp_path / "out", *ONE, *options, "--weights", f"{file}:same")
+    for progress in (0.0, 0.5, 1.0):
+        _, given = torch.load(tmp_path / f"seen-{progress}.pt")
+        del given["entropy"]
+        assert given == {"progress": progress, "tau": 0.5, "w_min": 0.7, "w_max": 1.4}
 
 
 @pytest.mark.parametrize(("context", "bad"), [("corrupted", NAN), ("blank", -INF)])
