@@ -94,13 +94,12 @@ def corrupt(
     """The corrupted image of step 2.
 
     Args:
-        image: any 8-bit PIL image; transparency stays as it is. kind: one of CORRUPTIONS. patch:
-        side of a patch in pixels. Give the model's own, and an image that is already resized for
-            the model (`Policy.fit`): then a masked patch is exactly one patch of the vision
-            encoder.
+        image: any 8-bit PIL image; transparency stays as it is.
+        kind: one of CORRUPTIONS.
+        patch: side of a patch in pixels. Give the model's own, and an image that is already
+            resized for it (`Policy.fit`): then a masked patch is one patch of the vision encoder.
         p: strength in [0, 1]: the share of masked patches, the level of noise, the radius of the
-        blur.
-            The other corruptions have no strength.
+            blur. The other corruptions have no strength.
         seed: of the random draw; an int, or a sequence of them.
     Returns:
         A new image of the same size and mode.
@@ -130,9 +129,8 @@ def open_image(file) -> Image.Image:
     where it is broken.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", Image.DecompressionBombWarning
-        )  # the limit is checked below
+        # The limit is checked below.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         image = Image.open(file)
     size = f"{image.width}x{image.height} pixels"
     limit = Image.MAX_IMAGE_PIXELS

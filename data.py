@@ -264,9 +264,7 @@ def demonstrate(example: Example, noise: float, rng: np.random.Generator) -> str
 class Verdict:
     """What is true of one response, each in [0, 1]; the last three need a known scene."""
 
-    reward: (
-        float  # 0.9 accuracy + 0.1 share of the tags in place; all of it for the whole form alone
-    )
+    reward: float  # 0.9 accuracy + 0.1 share of the tags in place
     accuracy: float  # the answer is right
     format: float  # 1: exactly the three blocks, in order, none of them blank
     perception: float | None = None  # F1 of the stated facts against the scene

@@ -2,8 +2,9 @@
 
 GRPO gives every token of a response the same advantage. SRPO splits a response
 
-    <perception> what is seen </perception> <reasoning> what follows </reasoning> <answer> ...
-    </answer>
+    <perception> what is seen </perception>
+    <reasoning> what follows from it </reasoning>
+    <answer> ... </answer>
 
 into perception and reasoning tokens and scales the advantage of each by a positive weight.
 Perception tokens count more where they depend on the image, reasoning tokens where they follow
@@ -49,11 +50,11 @@ def group_advantages(rewards, group_size: int, eps: float = 1e-4) -> Tensor:
     """Step 1, the GRPO advantage: A_i = (r_i - mean r) / (std r + eps) over one prompt's responses.
 
     Args:
-        rewards: [B], the G responses of a prompt next to each other; a tensor or a sequence of
-        numbers. group_size: G, at least 2. eps: keeps the division finite. The std is the sample
-        one (divided by G - 1), as in the common
-            trainers: for rewards 1, 0, 0, 0 the first advantage is 1.50, not the 1.73 of the
-            population std.
+        rewards: [B], the G responses of a prompt next to each other; a tensor or numbers.
+        group_size: G, at least 2.
+        eps: keeps the division finite. The std is the sample one (divided by G - 1), as in the
+            common trainers: for rewards 1, 0, 0, 0 the first advantage is 1.50, not the 1.73 of
+            the population std.
     Returns:
         A, [B] float32 (float64 for float64 rewards); exactly 0 in a group whose rewards are all
         equal.
@@ -84,10 +85,9 @@ def contrast_scores(
     temperature, over the tokens that sampling allowed, and with dropout off.
 
     Args:
-        logp: [B, T], given the image and all earlier tokens. logp_corrupted: [B, T], the same
-        with the corrupted image; read at perception tokens. logp_blank: [B, T], with the
-        perception text hidden (`without_perception`); read at reasoning
-            tokens.
+        logp: [B, T], given the image and all earlier tokens.
+        logp_corrupted: [B, T], with the corrupted image; read at perception tokens.
+        logp_blank: [B, T], without the perception text; read at reasoning tokens.
         roles: [B, T] of `Role` values, OTHER at padding.
         max_abs: Delta_max of step 4, in nats.
     Returns:
@@ -147,10 +147,11 @@ def token_weights(
     """Steps 5, 6 and 9, the positive token weights w. Without gradient.
 
     Args:
-        scores: delta, [B, T]. roles: [B, T] of `Role` values. tau: temperature in nats; the
-        larger, the closer every weight is to 1. w_min, w_max: limits of a weight before
-        normalizing, by default those of RLSD (arXiv 2604.03128);
-            normalized weights lie in [w_min / w_max, w_max / w_min].
+        scores: delta, [B, T].
+        roles: [B, T] of `Role` values.
+        tau: temperature in nats; the larger, the closer every weight is to 1.
+        w_min, w_max: limits of a weight before normalizing, by default those of RLSD (arXiv
+            2604.03128); normalized weights lie in [w_min / w_max, w_max / w_min].
     Returns:
         w, [B, T] float32 (float64 for float64), with mean 1 over a response's scored tokens, so
         that it keeps its total advantage; 1 at OTHER tokens, and everywhere in a response that
@@ -205,13 +206,13 @@ def policy_loss(
     """Step 8, the clipped surrogate, as a loss to minimize. For the KL term: `kl_to_reference`.
 
     Args:
-        logp, old_logp: [B, T], of the policy in training, with gradient, and of the one that
-        sampled. advantages: A_hat, [B, T], from `role_aware_advantages`, or A, [B], for plain
-        GRPO. mask: [B, T], non-zero at response tokens, EOS included, padding excluded; any
-        dtype. clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+        logp: [B, T], of the policy in training, with gradient.
+        old_logp: [B, T], of the policy that sampled.
+        advantages: A_hat, [B, T], from `role_aware_advantages`, or A, [B], for plain GRPO.
+        mask: [B, T], non-zero at response tokens, EOS included, padding excluded; any dtype.
+        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
         denominator: response tokens of the whole optimizer step. Give it when the step is split
-        into
-            micro-batches, so that the split does not matter; by default the tokens of this call.
+            into micro-batches, so that the split does not matter; by default those of this call.
     Returns:
         loss: scalar, float32 or better; 0 when the mask is empty.
         stats: detached scalars that add up over micro-batches: clip_frac, the share of tokens whose

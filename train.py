@@ -432,6 +432,7 @@ def warmed_up(args, run: "Run") -> str:
             "seed",
             "image_size",
             "device",
+            "dtype",
             "warmup_steps",
             "warmup_lr",
             "warmup_noise",
@@ -452,9 +453,10 @@ def warmed_up(args, run: "Run") -> str:
 
 def imitate(policy, args) -> None:
     """A cold start: supervised steps on demonstrations, the last fifth with --warmup-noise."""
-    task = build_task(args)
     if args.demonstrations:
         task = data.OwnTask(args.demonstrations, args.seed)
+    else:  # of a drawn task also with --data, whose rows need not show a response
+        task = data.DrawnTask(args.task, seed=args.seed, size=args.image_size)
     if args.model == "tiny":
         parameters = list(policy.model.parameters())  # the vision tower, too, which is random
         batch = TINY["prompts"]  # whatever --prompts says, since runs share the result
