@@ -318,8 +318,10 @@ def token_roles(text: str, offsets: Sequence[tuple[int, int]], tags: Tags = Tags
     two blocks, the first wins.
 
     Args:
-        text: the decoded response. offsets: one (start, end) character span per token, from the
-        sampled ids (`text_and_offsets`). tags: names of the blocks.
+        text: the decoded response.
+        offsets: one (start, end) character span per token, from the sampled ids
+            (`text_and_offsets`).
+        tags: names of the blocks.
     Returns:
         [T] long of `Role` values; all OTHER when the response is not well-formed, for step 9.
     """

@@ -78,6 +78,12 @@ def test_demonstrations_of_your_own_are_imitated(jsonl, tmp_path):  # noqa: F811
     assert FORM in [sample["response"] for sample in only["samples"]]
 
 
+def test_beside_your_data_the_drawn_task_is_imitated(jsonl, tmp_path):  # noqa: F811
+    argv = [*COLD, "--steps", 0, "--data", jsonl(), "--warmup-steps", 2]
+    (only,), _ = run(tmp_path / "out", *argv)
+    assert only["eval"]["n"] == 2
+
+
 @pytest.mark.parametrize(
     ("response", "said"),
     [("<answer>1</answer>", "lacks the form"), ("", "needs a response"), (7, "lacks the form")],
