@@ -7,8 +7,8 @@ GRPO gives every token of a response the same advantage. SRPO splits a response
     <answer> ... </answer>
 
 into perception and reasoning tokens and scales the advantage of each by a positive weight.
-Perception tokens count more where they depend on the image, reasoning tokens where they follow
-from the perception.
+Perception tokens count more where they depend on the image, reasoning tokens where they
+follow from the perception.
 
     step 1      A       group_advantages         one advantage per response, exactly GRPO's
     steps 2-4   delta   contrast_scores          what image, or perception, explains of a token

@@ -82,9 +82,7 @@ def train(args: argparse.Namespace, run: "Run") -> None:
 
         # 2. Verify: a reward for each response, compared within its group.
         responses = policy.decode(rollout)
-        questions = [examples[i] for i in rollout.prompt.tolist()]
-        pairs = zip(responses, questions, strict=True)
-        verdicts = [judge(text, example) for (text, _), example in pairs]
+        verdicts = judge_all(judge, responses, rollout, examples)
         rewards = [verdict.reward for verdict in verdicts]
         A = group_advantages(rewards, args.group_size).to(policy.device)  # [B], step 1
         used_groups = int(A.view(-1, args.group_size).any(dim=1).sum())
@@ -110,10 +108,7 @@ def train(args: argparse.Namespace, run: "Run") -> None:
         # 4. Weigh the tokens of each response: here SRPO leaves GRPO, which gives them all A.
         if args.algo == "srpo":
             logps = (rollout.logp, logp_corrupted, logp_blank)
-            progress = (step - 1) / max(1, args.steps - 1)
-            context = {"entropy": rollout.entropy, "progress": progress}
-            options = {"tau": args.tau, "w_min": args.w_min, "w_max": args.w_max}
-            w = weigh(*logps, roles, A, **context, **options)  # [B, T], steps 2 to 6, and 9
+            w = weigh(*logps, roles, A, **weighing(args, rollout, step))  # steps 2 to 6, and 9
             A_hat = role_aware_advantages(A, w, args.lam)  # [B, T], step 7
         else:
             w = torch.ones_like(rollout.logp)
@@ -173,6 +168,14 @@ def generator(args, step: int, purpose: int = 0) -> torch.Generator:
     return torch.Generator(args.device).manual_seed(int(seed >> np.uint64(1)))
 
 
+def judge_all(judge, responses: list, rollout, examples: list) -> list[Verdict]:
+    """The verdict on each response, against the example that it answers."""
+    verdicts = []
+    for (text, _), i in zip(responses, rollout.prompt.tolist(), strict=True):
+        verdicts.append(judge(text, examples[i]))
+    return verdicts
+
+
 def response_roles(responses: list, rollout) -> Tensor:
     """[B, T] of `Role` values, from the text and the token offsets of each response."""
     roles = torch.zeros_like(rollout.ids)
@@ -226,6 +229,13 @@ def srpo_weights(logp, logp_corrupted, logp_blank, roles, A, *, tau, w_min, w_ma
     """
     delta = contrast_scores(logp, logp_corrupted, logp_blank, roles)  # step 2, step 3, step 4
     return token_weights(delta, roles, tau=tau, w_min=w_min, w_max=w_max)  # step 5, step 6, step 9
+
+
+def weighing(args, rollout, step: int) -> dict:
+    """What a function of the weights gets by keyword."""
+    progress = min(1.0, (step - 1) / max(1, args.steps - 1))  # a report may ask beyond the run
+    limits = {"tau": args.tau, "w_min": args.w_min, "w_max": args.w_max}
+    return {**limits, "entropy": rollout.entropy, "progress": progress}
 
 
 def token_metrics(rollout, old_logp, roles, w) -> dict:
@@ -332,6 +342,10 @@ def build_task(args, judge=None):
         if not args.reward:
             note_hard_answers(task.answers)
         return task
+    return drawn_task(args)
+
+
+def drawn_task(args) -> data.DrawnTask:
     return data.DrawnTask(args.task, seed=args.seed, size=args.image_size)
 
 
@@ -389,10 +403,11 @@ def load_function(option: str, place: str):
 
 def prepare(args, run: "Run"):
     """Policy, reference (or None), optimizer, and the number of steps already done."""
-    if args.model == "tiny" and args.data:
-        print("note: --model is tiny, which knows the words of drawn tasks alone", file=sys.stderr)
     if args.model == "tiny":
         torch.set_num_threads(1)  # sharing products so small costs more than it gains
+        if args.data:
+            said = "note: --model is tiny, which knows the words of drawn tasks alone"
+            print(said, file=sys.stderr)
     initial = warmed_up(args, run)
     policy = load_policy(args, run.checkpoint() or initial)
     trained = trainable(policy, args)
@@ -456,7 +471,7 @@ def imitate(policy, args) -> None:
     if args.demonstrations:
         task = data.OwnTask(args.demonstrations, args.seed)
     else:  # of a drawn task also with --data, whose rows need not show a response
-        task = data.DrawnTask(args.task, seed=args.seed, size=args.image_size)
+        task = drawn_task(args)
     if args.model == "tiny":
         parameters = list(policy.model.parameters())  # the vision tower, too, which is random
         batch = TINY["prompts"]  # whatever --prompts says, since runs share the result
@@ -565,9 +580,11 @@ class Run:
     def rewind(self) -> None:
         """Back to the records of the last checkpoint; what came after it is made again."""
         self.lock()
-        self.metrics.unlink(missing_ok=True)
-        if self.checkpoint() is not None:
-            shutil.copy(self.checkpoint() / "metrics.jsonl", self.metrics)
+        checkpoint = self.checkpoint()
+        if checkpoint is None:
+            self.metrics.unlink(missing_ok=True)
+        else:  # without a copy in the checkpoint this fails, and leaves the records as they are
+            shutil.copy(checkpoint / "metrics.jsonl", self.metrics)
 
     def restore(self, optimizer, device: str) -> int:
         """The last checkpoint's state into the optimizer; returns the number of steps done."""

@@ -67,10 +67,7 @@ def sample(policy: model.Policy, examples: list[Example], args, step: int) -> Ba
     rng = train.generator(args, step)
     rollout = policy.sample(prompts, args.group_size, generator=rng, **limits)
     responses = policy.decode(rollout)
-    judge = train.build_judge(args)
-    questions = [examples[i] for i in rollout.prompt.tolist()]
-    pairs = zip(responses, questions, strict=True)
-    verdicts = [judge(text, example) for (text, _), example in pairs]
+    verdicts = train.judge_all(train.build_judge(args), responses, rollout, examples)
     rewards = [verdict.reward for verdict in verdicts]
     A = group_advantages(rewards, args.group_size).to(policy.device)  # [B], step 1
     roles = train.response_roles(responses, rollout)  # [B, T]
@@ -94,11 +91,7 @@ def weights(batch: Batch, logp_corrupted: Tensor, logp_blank: Tensor, args, step
     """w [B, T], SRPO's or those of --weights."""
     weigh = train.build_weigh(args)
     logps = (batch.rollout.logp, logp_corrupted, logp_blank)
-    progress = (step - 1) / max(1, args.steps - 1)
-    progress = min(1.0, progress)  # the run may be over
-    context = {"entropy": batch.rollout.entropy, "progress": progress}
-    options = {"tau": args.tau, "w_min": args.w_min, "w_max": args.w_max}
-    return weigh(*logps, batch.roles, batch.A, **context, **options)
+    return weigh(*logps, batch.roles, batch.A, **train.weighing(args, batch.rollout, step))
 
 
 def credit(policy: model.Policy, batch: Batch, args, step: int) -> Credit:

@@ -63,6 +63,15 @@ def weights_within(where: Tensor, delta: Tensor, **options) -> Tensor:
     return torch.where(where, w, torch.ones_like(w))
 
 
+def weights_of_each_role(delta: Tensor, roles: Tensor, **options) -> Tensor:
+    """`weights_within` the perception, and `weights_within` the reasoning, [B, T]."""
+    scored = scored_tokens(delta, roles)
+    P = roles == Role.PERCEPTION
+    in_perception = weights_within(scored & P, delta, **options)
+    in_reasoning = weights_within(scored & ~P, delta, **options)
+    return torch.where(P, in_perception, in_reasoning)
+
+
 def turned_round(delta: Tensor, A: Tensor) -> Tensor:
     """-delta in the responses with a negative advantage: with -delta, low contrasts weigh more."""
     return torch.where(A[:, None] < 0, -delta, delta)
@@ -230,11 +239,7 @@ def role_baselines(logp, logp_corrupted, logp_blank, roles, A, **options) -> Ten
     A control of this project: what the baseline's being shared does.
     """
     delta = contrast_scores(logp, logp_corrupted, logp_blank, roles)
-    scored = scored_tokens(delta, roles)
-    P = roles == Role.PERCEPTION
-    in_perception = weights_within(scored & P, delta, **options)
-    in_reasoning = weights_within(scored & ~P, delta, **options)
-    return torch.where(P, in_perception, in_reasoning)
+    return weights_of_each_role(delta, roles, **options)
 
 
 def role_baselines_sign_aware(logp, logp_corrupted, logp_blank, roles, A, **options) -> Tensor:
@@ -243,11 +248,7 @@ def role_baselines_sign_aware(logp, logp_corrupted, logp_blank, roles, A, **opti
     A control of this project: what the sign of A does when no role gains from it.
     """
     delta = turned_round(contrast_scores(logp, logp_corrupted, logp_blank, roles), A)
-    scored = scored_tokens(delta, roles)
-    P = roles == Role.PERCEPTION
-    in_perception = weights_within(scored & P, delta, **options)
-    in_reasoning = weights_within(scored & ~P, delta, **options)
-    return torch.where(P, in_perception, in_reasoning)
+    return weights_of_each_role(delta, roles, **options)
 
 
 def roles_only(logp, logp_corrupted, logp_blank, roles, A, **options) -> Tensor:

@@ -237,7 +237,9 @@ def test_a_damaged_checkpoint_is_named(state, finished, capsys):
 def test_a_checkpoint_without_its_records_is_named(finished, capsys):
     checkpoint = train.Run(finished).checkpoint()
     (checkpoint / "metrics.jsonl").unlink()
+    before = (finished / "metrics.jsonl").read_bytes()
     assert f"{checkpoint / 'metrics.jsonl'}" in complaint(capsys, "--resume", finished)
+    assert (finished / "metrics.jsonl").read_bytes() == before  # nothing already written is lost
 
 
 # ---- bounds, memory
@@ -337,22 +339,12 @@ def test_tensorboard_shows_what_the_metrics_hold_after_resuming_too(logged):
     assert len(board.Scalars("eval/accuracy")) >= 2
 
 
-def test_wandb_holds_what_the_metrics_hold_after_resuming_too(logged, tmp_path):
-    wandb = pytest.importorskip("wandb", reason="pip install wandb")
-    out = logged("wandb")
-    wandb.finish()
-    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*.wandb"))
-    for value in rewards(out).values():
-        assert str(value).encode() in written
-    assert b"train/reward" in written
-    assert b"eval/accuracy" in written
-
-
-def test_trackio_holds_what_the_metrics_hold_after_resuming_too(logged, tmp_path):
-    trackio = pytest.importorskip("trackio", reason="pip install trackio")
-    out = logged("trackio")
-    trackio.finish()
-    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*.db"))
+@pytest.mark.parametrize(("package", "files"), [("wandb", "*.wandb"), ("trackio", "*.db")])
+def test_trackers_hold_what_the_metrics_hold_after_resuming_too(package, files, logged, tmp_path):
+    tracker = pytest.importorskip(package, reason=f"pip install {package}")
+    out = logged(package)
+    tracker.finish()
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob(files))
     for value in rewards(out).values():
         assert str(value).encode() in written
     assert b"train/reward" in written
