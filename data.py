@@ -49,6 +49,14 @@ def first_line(error: BaseException) -> str:
     return text.splitlines()[0][:200]
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory of a CPU or a GPU ran out."""
+    if isinstance(error, MemoryError):
+        return True
+    known = ("out of memory", "not enough memory", "an't allocate memory", "ALLOC_FAILED")
+    return any(words in str(error) for words in known)
+
+
 # ---- drawn scenes
 
 QUESTIONS = {
@@ -129,6 +137,7 @@ class Example:
     scene: tuple[Fact, ...] | None = None
     query: Query | None = None
     hint: str = ""
+    system: str = ""  # what the chat begins with
     source: str = ""
     response: str = ""  # a demonstration to imitate
     row: dict = field(default_factory=dict, compare=False)  # all columns of a user's row
@@ -203,6 +212,8 @@ def parse_facts(text: str) -> set[Fact]:
 class DrawnTask:
     """Endless batches, which depend on the seed and their step, and a fixed held-out set."""
 
+    held_out = frozenset()  # scenes are held out by their content, not by the bytes of an image
+
     def __init__(self, task: str, *, seed: int = 0, size: int = 48, objects=(3, 4)):
         self.task = task
         self.seed = seed
@@ -215,6 +226,12 @@ class DrawnTask:
     def eval_set(self, n: int) -> list[Example]:
         # Of every seed the same, so that runs are compared on the same examples.
         return self.draw(n, (0, 0, 2), held_out=True)
+
+    def prompts(self) -> list[tuple[Example, list]]:
+        """Examples and the sizes of their images: of all prompts a sample, which are alike."""
+        return [
+            (example, [image.size for image in example.images]) for example in self.eval_set(16)
+        ]
 
     def draw(self, n: int, key: tuple[int, ...], held_out: bool) -> list[Example]:
         """n examples that depend on `key` alone."""
@@ -385,43 +402,62 @@ class OwnTask:
 
     The split goes by a hash of the images' bytes, and images that share a row stay together: no
     image is in both parts, under whatever name. All are decoded at the start, so that a broken
-    one is reported in the first minute and not in the fifth hour. With `eval_all` all rows are
-    for evaluation.
+    one is reported in the first minute and not in the fifth hour.
     """
 
-    def __init__(self, path: str | Path, seed: int = 0, eval_all: bool = False, judge=None):
-        """With a `judge`, the answer of a row must be right by it, or could never be learned."""
+    def __init__(
+        self,
+        path: str | Path,
+        seed: int = 0,
+        *,
+        system="",
+        eval_all=False,
+        judge=None,
+        held_out=None,
+    ):
+        """
+        Args:
+            system: what the chat begins with, in rows that do not say it themselves.
+            eval_all: hold all images out.
+            judge: the answer of a row must be right by it, or could never be learned.
+            held_out: hashes of the images to hold out, those of another file.
+        """
         self.path = Path(path)
         self.seed = seed
+        self.system = system
         rows = [self._parse(source, row) for source, row in read_json_lines(self.path)]
         digests = []  # of each row, the hashes of its images
+        self._prompts = []
         for names, example in tqdm(rows, f"checking {self.path.name}", disable=None, delay=2):
-            example, files = self._load(names, example)
+            loaded, files = self._load(names, example)
             if judge is not None and len(digests) < 1000:  # a judge may be slow
-                verdict = judge(respond("a", "b", example.answer), example)
+                verdict = judge(respond("a", "b", example.answer), loaded)
                 if verdict.accuracy != 1:
                     problem = f"the reward does not accept {example.answer!r} as its own answer"
                     raise InputError(f"{example.source}: {problem}")
             digests.append({hashlib.sha256(file).hexdigest() for file in files})
-        images = sorted(set().union(*digests))
-        held_out = set(images[: max(1, len(images) // 10)])
-        if eval_all:
-            held_out = set(images)
-        size = 0
-        while size < len(held_out):  # images that share a row with a held-out one are held out, too
-            size = len(held_out)
-            for row_images in digests:
-                if row_images & held_out:
-                    held_out |= row_images
+            self._prompts.append((example, [image.size for image in loaded.images]))
         self.answers = [example.answer for _, example in rows]
+        images = sorted(set().union(*digests))
+        content = [example.row for _, example in rows]
+        self.fingerprint = hashlib.sha256(repr((content, images)).encode()).hexdigest()
+        if held_out is None:
+            held_out = images[: max(1, len(images) // 10)]
+        if eval_all:
+            held_out = images
+        self.held_out = with_neighbors(set(held_out), digests)
         self._eval = []
         self._train = []
         for row, row_images in zip(rows, digests, strict=True):
-            split = self._eval if row_images & held_out else self._train
+            split = self._eval if row_images & self.held_out else self._train
             split.append(row)
         if not self._train and not eval_all:
             needed = "needs rows with at least two different images, one to hold out"
             raise InputError(f"{path}: {needed}")
+
+    def prompts(self) -> list[tuple[Example, list]]:
+        """All examples, without their images, and the sizes of these."""
+        return self._prompts
 
     def train_batch(self, step: int, n: int) -> list[Example]:
         """Batch `step` of an endless stream; each epoch is a permutation of all rows."""
@@ -443,9 +479,8 @@ class OwnTask:
         """Names of the images, and the example without them."""
         if "image" in row and "images" in row:
             raise InputError(f"{source}: image and images; give one of them")
-        for name in ("messages", "system"):
-            if name in row:
-                raise InputError(f"{source}: {name} is not read; put it into the question")
+        if "messages" in row:
+            raise InputError(f"{source}: messages is not read; put it into question and system")
         images = row["images"] if "images" in row else [row.get("image")]
         if not isinstance(images, list) or not images:
             raise InputError(f"{source}: images must be a list of file names, not {shown(images)}")
@@ -464,9 +499,12 @@ class OwnTask:
         response = row.get("response", "")
         if not isinstance(response, str):
             raise InputError(f"{source}: response must be text, not {shown(response)}")
-        if re.search("[\ud800-\udfff]", "".join([question, answer, response, *images])):
+        system = row.get("system", self.system)
+        if not isinstance(system, str):
+            raise InputError(f"{source}: system must be text, not {shown(system)}")
+        if re.search("[\ud800-\udfff]", "".join([system, question, answer, response, *images])):
             raise InputError(f"{source}: holds half a character (a lone surrogate)")
-        if re.search(r"<\|(image|video)_pad\|>", question):
+        if re.search(r"<\|(image|video)_pad\|>", system + question):
             raise InputError(f"{source}: take the image placeholder out")
         if question.count(IMAGE_MARK) not in (0, len(images)):
             raise InputError(f"{source}: give {len(images)} {IMAGE_MARK} marks, or none")
@@ -476,8 +514,8 @@ class OwnTask:
             raise InputError(f"{source}: the answer {answer!r} is blank")
         if response and not parse_response(response, TAGS):
             raise InputError(f"{source}: the response lacks the form")
-        example = Example((), question, answer, source=source, response=response, row=row)
-        return images, example
+        more = {"system": system, "source": source, "response": response, "row": row}
+        return images, Example((), question, answer, **more)
 
     def _load(self, names: list[str], example: Example) -> tuple[Example, list[bytes]]:
         """The example with its images, and the bytes of their files."""
@@ -492,6 +530,18 @@ class OwnTask:
                 raise InputError(f"{example.source}: {problem}") from None
             files.append(file)
         return replace(example, images=tuple(images)), files
+
+
+def with_neighbors(images: set[str], rows: Sequence[set[str]]) -> set[str]:
+    """These images, those that share a row with one of them, and so on."""
+    found = set(images)
+    size = 0
+    while size < len(found):
+        size = len(found)
+        for row in rows:
+            if row & found:
+                found |= row
+    return found
 
 
 def shown(value) -> str:

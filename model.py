@@ -25,9 +25,11 @@ the largest:
     width          0       1  2  3  1  2  3   4    5    |   6    7
 """
 
+import copy
 import json
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,7 +39,13 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer, StaticLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    LinearAttentionLayer,
+    StaticLayer,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
     Qwen2VLImageProcessorPil,
     smart_resize,
@@ -53,6 +61,7 @@ from data import (
     Example,
     InputError,
     first_line,
+    is_out_of_memory,
 )
 from srpo import text_and_offsets, token_bytes
 
@@ -138,8 +147,22 @@ class Policy:
 
     def fit(self, image: Image.Image) -> Image.Image:
         """RGB image as the model wants it: whole patches, within the processor's limits."""
-        height, width = smart_resize(image.height, image.width, self.factor, *self.pixel_limits)
-        return image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+        return image.convert("RGB").resize(self._fitted(image.size), Image.Resampling.BICUBIC)
+
+    def _fitted(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Width and height of an image as the model sees it."""
+        width, height = size
+        height, width = smart_resize(height, width, self.factor, *self.pixel_limits)
+        return width, height
+
+    def prompt_length(self, example: Example, sizes: list[tuple[int, int]]) -> tuple[int, int]:
+        """Tokens of a prompt, and how many of them are visual, from the sizes of its images."""
+        grids = []
+        for size in sizes:
+            width, height = self._fitted(size)
+            grids.append([1, height // self.patch, width // self.patch])
+        ids = self._tokenize(example, torch.tensor(grids))
+        return len(ids), int((ids == self.image_token).sum())
 
     def encode(self, examples: list[Example]) -> Prompts:
         """Tokens, positions and pixels. InputError where a text holds an image placeholder."""
@@ -173,6 +196,9 @@ class Policy:
             parts = [example.question, example.hint, self.instruction]
             question = "\n".join(part for part in parts if part)
         chat = [{"role": "user", "content": chat_content(question, len(grid))}]
+        if example.system:
+            said = {"type": "text", "text": example.system}
+            chat.insert(0, {"role": "system", "content": [said]})
         options = {"add_generation_prompt": True, "enable_thinking": False}
         text = self.tokenizer.apply_chat_template(chat, tokenize=False, **options)
         if text.rstrip().endswith("<think>"):  # opened whatever was asked: it would eat the tags
@@ -211,12 +237,10 @@ class Policy:
         self, prompts: Prompts, group_size: int, *, max_new_tokens, temperature, generator
     ) -> Rollout:
         """Sample G responses per prompt from pi at `temperature`: no top-k, no top-p, no penalties,
-        whatever generation_config says. Raises InputError when the policy has diverged."""
+        whatever generation_config says. At temperature 0 the likeliest token is taken, and
+        log-probs are those of temperature 1. Raises InputError when the policy has diverged."""
         N, L = prompts.ids.shape
-        prompt_cache = self.read_prompts(prompts, torch.arange(N, device=self.device))
         prompt = torch.arange(N, device=self.device).repeat_interleave(group_size)  # [B]
-        cache = cache_for(prompt, prompt_cache.keys_and_values, max_new_tokens)
-        state = prompt_cache.last_state[prompt]  # [B, H]
         B = len(prompt)
         T = max_new_tokens
         ids = torch.full((B, T), self.pad, device=self.device)
@@ -227,14 +251,17 @@ class Policy:
         positions = self._response_positions(prompts, prompt, torch.ones_like(mask))  # [3, B, T]
         alive = torch.ones(B, dtype=torch.bool, device=self.device)
         eos = torch.tensor(self.eos, device=self.device)
-        threads = torch.get_num_threads()
-        if state.numel() < 2**13:
-            torch.set_num_threads(1)  # sharing products so small costs more than it gains
-        with self._autocast():  # around the loop, so that weights are cast once
+        with self._autocast():  # around all of it, so that weights are cast once
+            prompt_cache = self.read_prompts(prompts, torch.arange(N, device=self.device))
+            cache = sampling_cache(prompt_cache.keys_and_values, prompt, max_new_tokens, self.dtype)
+            state = prompt_cache.last_state[prompt]  # [B, H]
             for t in range(T):
                 logprobs = self._log_softmax(state, temperature)  # [B, V]
                 probabilities = logprobs.exp()
-                token = draw(probabilities, generator)  # [B, 1]
+                if temperature == 0:
+                    token = probabilities.argmax(dim=1, keepdim=True)  # [B, 1]
+                else:
+                    token = draw(probabilities, generator)  # [B, 1]
                 ids[:, t] = token[:, 0].where(alive, self.pad)
                 mask[:, t] = alive
                 logp[:, t] = logprobs.gather(1, token)[:, 0]
@@ -251,7 +278,6 @@ class Policy:
                     past_key_values=cache,
                 )
                 state = out.last_hidden_state[:, -1]
-        torch.set_num_threads(threads)
         if not logp.isfinite().all():
             problem = "the policy has diverged: its log-probs are not finite"
             raise InputError(f"{problem}; start with a lower --lr")
@@ -280,9 +306,11 @@ class Policy:
         order = order[:, : int(visible.sum(dim=1).max())]  # [B, K]
         ids = rollout.ids.gather(1, order)
         mask = visible.gather(1, order)
-        states = self._response_states(prompts, ids, mask, rollout.prompt, prompt_cache)
-        logp = self._score(states[mask], ids[mask], temperature)  # [B, K, H], [B, K] -> [n]
-        return torch.zeros_like(rollout.logp).masked_scatter(visible, logp)  # back in place
+        with self._autocast():  # around both, so that weights are cast once
+            states = self._response_states(prompts, ids, mask, rollout.prompt, prompt_cache)
+            logp = self._score(states[mask], ids[mask], temperature)  # [B, K, H], [B, K] -> [n]
+        # The n log-probs of the visible tokens, row by row, go to the columns they came from.
+        return torch.zeros_like(rollout.logp).masked_scatter(visible, logp)
 
     def _response_states(self, prompts, ids, mask, prompt, prompt_cache) -> Tensor:
         """[B, K, H]: the states that predict the response tokens `ids` [B, K]."""
@@ -294,27 +322,25 @@ class Policy:
         if ids.shape[1] == 1:
             return first
         positions = self._response_positions(prompts, prompt, mask)  # [3, B, K]
-        with self._autocast():
-            out = self.model.model(
-                ids[:, :-1],
-                attention_mask=torch.cat([prompts.mask[prompt], mask[:, :-1].long()], dim=1),
-                position_ids=positions[:, :, :-1],
-                past_key_values=cache_for(row_of_prompt, prompt_cache.keys_and_values),
-            )
+        out = self.model.model(
+            ids[:, :-1],
+            attention_mask=torch.cat([prompts.mask[prompt], mask[:, :-1].long()], dim=1),
+            position_ids=positions[:, :, :-1],
+            past_key_values=scoring_cache(prompt_cache.keys_and_values, row_of_prompt),
+        )
         return torch.cat([first, out.last_hidden_state], dim=1)
 
     def read_prompts(self, prompts: Prompts, which: Tensor) -> PromptCache:
         """The prompts `which` [n], read with their images."""
         indices = which.tolist()
-        with self._autocast():
-            out = self.model.model(
-                input_ids=prompts.ids[which],
-                attention_mask=prompts.mask[which],
-                position_ids=prompts.positions[:, which],
-                pixel_values=torch.cat([prompts.pixels[i] for i in indices]),
-                image_grid_thw=torch.cat([prompts.grids[i] for i in indices]),
-                use_cache=True,
-            )
+        out = self.model.model(
+            input_ids=prompts.ids[which],
+            attention_mask=prompts.mask[which],
+            position_ids=prompts.positions[:, which],
+            pixel_values=torch.cat([prompts.pixels[i] for i in indices]),
+            image_grid_thw=torch.cat([prompts.grids[i] for i in indices]),
+            use_cache=True,
+        )
         return PromptCache(out.past_key_values, out.last_hidden_state[:, -1])
 
     def _score(self, states: Tensor, ids: Tensor, temperature: float) -> Tensor:
@@ -333,9 +359,9 @@ class Policy:
 
     def _log_softmax(self, states: Tensor, temperature: float) -> Tensor:
         """[n, H] -> [n, V] float32: the one place where pi is defined, to sample and to score."""
-        with self._autocast():
-            logits = self.model.lm_head(states)
-        logits = logits.float() / temperature
+        logits = self.model.lm_head(states).float()
+        if temperature > 0:
+            logits = logits / temperature
         return logits.index_fill(1, self.forbidden, float("-inf")).log_softmax(dim=1)
 
     def _response_positions(self, prompts: Prompts, prompt: Tensor, mask: Tensor) -> Tensor:
@@ -351,18 +377,21 @@ class Policy:
 
     def add_lora(self, rank: int, seed: int = 0, folder: str | None = None) -> None:
         """Freeze all but float32 low-rank adapters on the language model, new or from `folder`."""
-        try:
-            import peft
-        except ImportError:
-            raise InputError("--lora and its folders need peft: pip install peft") from None
+        peft = import_peft()
         for parameter in self.model.parameters():  # frozen weights need no float32 masters
             parameter.data = parameter.data.to(self.dtype)  # but buffers do: rotary frequencies
         if folder is not None:
-            adapter = peft.PeftModel.from_pretrained(self.model, folder, is_trainable=True)
+            options = {"is_trainable": True, "torch_device": str(self.device)}
+            adapter = peft.PeftModel.from_pretrained(self.model, folder, **options)
+            saved = set(peft.load_peft_weights(folder, device="cpu"))
+            wanted = set(peft.get_peft_model_state_dict(adapter))
+            if saved != wanted:  # peft leaves those that it does not find at random
+                name = min(saved ^ wanted)
+                raise ValueError(f"its adapters are not those of the model, see {name}")
         else:
             layers = r".*language_model.*_proj\w*"  # of attention, delta nets and MLP
             options = {"lora_alpha": 2 * rank, "lora_dropout": 0.0, "target_modules": layers}
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 adapter = peft.get_peft_model(self.model, peft.LoraConfig(r=rank, **options))
         self.adapter = adapter.eval()
@@ -373,6 +402,14 @@ class Policy:
         weights.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
+
+
+def import_peft():
+    try:
+        import peft
+    except ImportError:
+        raise InputError("--lora and its folders need peft: pip install peft") from None
+    return peft
 
 
 def chat_content(question: str, n_images: int) -> list[dict]:
@@ -405,8 +442,12 @@ def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
 class SamplingLayer(StaticLayer):
     """Keys and values of an attention layer, with room for the tokens to come."""
 
+    def __init__(self, columns: int, dtype: torch.dtype):
+        super().__init__(columns)
+        self.kept_as = dtype  # that of computing: under autocast float32 ones come in, too
+
     def update(self, keys, values, *args, **kwargs):
-        return super().update(keys, values.to(keys.dtype))  # under autocast they differ
+        return super().update(keys.to(self.kept_as), values.to(self.kept_as))
 
 
 class ScoringLayer(DynamicLayer):
@@ -432,26 +473,66 @@ class ScoringState(LinearAttentionLayer):
         return recurrent_states
 
 
-def cache_for(rows: Tensor, cache: Cache, new_tokens: int = 0) -> Cache:
-    """The prompts' cache with one entry for each of the prompts `rows` [B].
+def recompute_layers(model) -> None:
+    """From now on keep the input of a decoder layer alone: the backward pass computes it again.
 
-    With room for `new_tokens`, to sample; or else for a pass over whole responses, which has a
-    gradient and leaves the cache as it is.
+    What is inside, most of the memory of an update, then exists for one layer at a time. Gradients
+    stay as they are. The checkpoints of transformers go without a cache, which responses need.
     """
+    for index, layer in enumerate(model.model.language_model.layers):
+        layer.forward = partial(_recomputed, layer.forward, index)
+
+
+def _recomputed(forward, index: int, hidden: Tensor, *, past_key_values: Cache, **inputs) -> Tensor:
+    """Layer `index` on hidden [b, T, H], kept alone if a gradient is to come."""
+    if not torch.is_grad_enabled():
+        return forward(hidden, past_key_values=past_key_values, **inputs)
+    before = past_key_values.layers[index]
+
+    def compute(hidden):
+        cache = past_key_values
+        if isinstance(cache, DynamicCache):  # of prompts: filled anew each time they are read
+            cache = copy.copy(past_key_values)
+            cache.layers = list(past_key_values.layers)
+            cache.layers[index] = copy.deepcopy(before)
+        out = forward(hidden, past_key_values=cache, **inputs)
+        return out, cache.layers[index]
+
+    out, after = checkpoint(compute, hidden, use_reentrant=False)
+    past_key_values.layers[index] = after
+    return out
+
+
+def sampling_cache(cache: Cache, rows: Tensor, new_tokens: int, dtype: torch.dtype) -> Cache:
+    """The prompts' cache, an entry for each of the prompts `rows` [B], with room for new tokens."""
     layers = []
     for layer in cache.layers:
         if isinstance(layer, LinearAttentionLayer):
-            copy = LinearAttentionLayer() if new_tokens else ScoringState()
-            LinearAttentionLayer.update_conv_state(copy, layer.conv_states[0][rows])
-            LinearAttentionLayer.update_recurrent_state(copy, layer.recurrent_states[0][rows])
-            copy.record_past = new_tokens == 0  # else a pass over one token writes over the state
-        elif new_tokens:
-            copy = SamplingLayer(layer.keys.shape[2] + new_tokens)
-            copy.update(layer.keys[rows], layer.values[rows])
+            copied = copy_states(layer, rows, LinearAttentionLayer())
         else:
-            copy = ScoringLayer(layer.keys[rows], layer.values[rows])
-        layers.append(copy)
+            copied = SamplingLayer(layer.keys.shape[2] + new_tokens, dtype)
+            copied.update(layer.keys[rows], layer.values[rows])
+        layers.append(copied)
     return Cache(layers=layers)
+
+
+def scoring_cache(cache: Cache, rows: Tensor) -> Cache:
+    """The same for a pass over whole responses, which has a gradient and leaves it as it is."""
+    layers = []
+    for layer in cache.layers:
+        if isinstance(layer, LinearAttentionLayer):
+            copied = copy_states(layer, rows, ScoringState())
+            copied.record_past = True  # else a pass over one token writes over the state
+        else:
+            copied = ScoringLayer(layer.keys[rows], layer.values[rows])
+        layers.append(copied)
+    return Cache(layers=layers)
+
+
+def copy_states(layer: LinearAttentionLayer, rows: Tensor, into: LinearAttentionLayer):
+    LinearAttentionLayer.update_conv_state(into, layer.conv_states[0][rows])
+    LinearAttentionLayer.update_recurrent_state(into, layer.recurrent_states[0][rows])
+    return into
 
 
 # ---- loading
@@ -473,10 +554,11 @@ def load(
             raise ValueError("the folder of a run; take its checkpoint-... folder")
         if name.startswith((".", "/", "~")) and not Path(name).is_dir():
             raise ValueError("no such folder")
-        base = base_of_adapters(name)
-        if base is not None:
+        adapters = adapter_config(name)
+        if adapters is not None:
+            base = adapters["base_model_name_or_path"]
             policy = load(base, device=device, dtype=dtype, max_pixels=max_pixels, frozen=True)
-            policy.add_lora(rank=1, folder=name)  # the folder has its own rank
+            policy.add_lora(adapters["r"], folder=name)
             return policy
         config = transformers.AutoConfig.from_pretrained(name)
         if config.model_type not in FAMILIES:
@@ -497,26 +579,37 @@ def load(
         eyes = Qwen2VLImageProcessorPil.from_pretrained(name)
         return Policy(model.to(device), tokenizer, eyes, dtype=dtype, max_pixels=max_pixels)
     except Exception as error:  # what is not there, or not whole, fails in many ways
+        if is_out_of_memory(error):
+            raise
         raise InputError(f"--model {name}: cannot be used ({first_line(error)})") from None
 
 
-def base_of_adapters(name: str) -> str | None:
-    """The model that the adapters in a folder belong to; None where it holds no adapters."""
+def adapter_config(name: str) -> dict | None:
+    """What peft says of the adapters in a folder: their rank r, and the model that they belong to.
+
+    None where the folder holds no adapters; InputError where that cannot be read.
+    """
     file = Path(name) / "adapter_config.json"
     if not file.exists():
         return None
-    return json.loads(file.read_text())["base_model_name_or_path"]
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        return {key: config[key] for key in ("r", "base_model_name_or_path")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: not the configuration of adapters ({error})") from None
 
 
 def is_tiny(name: str) -> bool:
     """Whether `name` is the built-in model, or a folder made from it, of adapters, too."""
+    adapters = adapter_config(name)
+    if adapters is not None:
+        name = adapters["base_model_name_or_path"]
+    if name == "tiny":
+        return True
     try:
-        name = base_of_adapters(name) or name
-        if name == "tiny":
-            return True
-        config = json.loads((Path(name) / "config.json").read_text())
+        config = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
         return config.get("instruction") == ""
-    except (OSError, ValueError, KeyError, AttributeError):  # no folder of a model: `load` says so
+    except (OSError, ValueError, AttributeError):  # no folder of a model: `load` says so
         return False
 
 
@@ -577,7 +670,7 @@ def build_tiny(seed: int = 0, *, device: str = "cpu", dtype: torch.dtype = torch
         marks[f"{name.removesuffix('_pad')}_token_id"] = index
     common = {"tie_word_embeddings": True, "initializer_range": spread, "instruction": ""}
     config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, **marks, **common)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = transformers.Qwen2VLForConditionalGeneration(config)
     eyes = Qwen2VLImageProcessorPil(patch_size=8, size={"shortest_edge": 256, "longest_edge": 9216})

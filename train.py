@@ -32,7 +32,16 @@ from tqdm import tqdm
 import data
 import model
 from corrupt import CORRUPTIONS, corrupt
-from data import InputError, Verdict, averages, demonstrate, first_line, verify
+from data import (
+    InputError,
+    Verdict,
+    averages,
+    demonstrate,
+    first_line,
+    is_out_of_memory,
+    respond,
+    verify,
+)
 from srpo import (
     Role,
     contrast_scores,
@@ -48,8 +57,10 @@ from srpo import (
 # What an option left out means: for the tiny model, a real one, and a real one with --lora.
 TINY = {"steps": 40, "prompts": 24, "max_new_tokens": 48, "micro_batch": 1024, "lr": 1e-4}
 TINY.update(max_pixels=None, image_size=48, warmup_steps=320, warmup_lr=2e-3, warmup_noise=0.25)
+TINY.update(eval_temperature=1.0)
 REAL = {"steps": 200, "prompts": 8, "max_new_tokens": 512, "micro_batch": 8, "lr": 1e-6}
-REAL.update(max_pixels=602_112, image_size=336, warmup_steps=0, warmup_lr=1e-5, warmup_noise=0.0)
+REAL.update(max_pixels=602_112, image_size=336, warmup_steps=0, warmup_lr=5e-5, warmup_noise=0.0)
+REAL.update(eval_temperature=0.0)
 REAL_LORA = {**REAL, "lr": 1e-5, "warmup_lr": 2e-4}
 WARMUP_VERSION = 1  # raise it when a change alters the warmed-up tiny model, which is cached
 
@@ -59,13 +70,15 @@ def train(args: argparse.Namespace, run: "Run") -> None:
     judge = build_judge(args)
     task = build_task(args, judge)
     weigh = build_weigh(args)
-    policy, reference, optimizer, done = prepare(args, run)
-    parameters = optimizer.param_groups[0]["params"]
     held_out = task.eval_set(args.eval_size)
+    judge(respond("a", "b", held_out[0].answer), held_out[0])  # one that fails does so now
+    run.check_data(task)
+    policy, reference, optimizer, scaler = prepare(args, run, task)
+    done = run.restore(optimizer, scaler, args.device)
+    check_prompts(policy, task, args)
     if not run.log():
         run.write(evaluate(policy, held_out, judge, args, step=0))
-    idle_steps = 0
-    credit = None
+    history = [record for record in run.log() if "eval" not in record]
     limits = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
     clip = {"clip_low": args.clip_low, "clip_high": args.clip_high}
     steps = range(done + 1, args.steps + 1)
@@ -115,9 +128,10 @@ def train(args: argparse.Namespace, run: "Run") -> None:
             A_hat = A[:, None].expand_as(w)
 
         # 5. Update: an optimizer step per inner epoch. Gradients of micro-batches add up.
-        totals = {"loss": 0.0, "clip_frac": 0.0, "kl": None, "grad_norm": 0.0}
+        totals = {"loss": 0.0, "clip_frac": 0.0}
         if args.kl_coef > 0:
             totals["kl"] = 0.0
+        grad_norms = []
         old_logp = torch.zeros_like(rollout.logp)  # [B, T], pi_old
         for epoch in range(args.inner_epochs):
             for start in range(0, len(A), args.micro_batch):
@@ -133,33 +147,37 @@ def train(args: argparse.Namespace, run: "Run") -> None:
                     share = mask[rows].sum() / lengths.sum()
                     stats["kl"] = share * kl_to_reference(logp, ref_logp[rows], mask[rows])
                     loss = loss + args.kl_coef * stats["kl"]
-                loss.backward()
+                scaler.scale(loss).backward()  # the scaler acts in float16 alone
                 stats["loss"] = loss
-                for name in stats.keys() & totals.keys():
+                for name in totals:
                     totals[name] += stats[name].item() / args.inner_epochs
-            totals["grad_norm"] = clip_gradient(parameters, run, step)
-            optimizer.step()
+            scaler.unscale_(optimizer)
+            grad_norms.append(clip_gradient(optimizer, scaler, run, step))
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad(set_to_none=True)
         clock.append(time.perf_counter())
 
         # 6. Report, evaluate, save.
-        record = {"step": step, **averages(verdicts), **totals, "used_groups": used_groups}
+        record = {"step": step, **averages(verdicts), "kl": None, **totals}
+        record.update(used_groups=used_groups, grad_norm=grad_norms[-1])
+        record["skipped"] = grad_norms.count(None)
         record["length"] = lengths.float().mean().item()
+        record["truncated"] = (lengths == args.max_new_tokens).float().mean().item()
         record.update(token_metrics(rollout, old_logp, roles, w))
         seconds = np.diff(clock).tolist()
         record.update(sec_generate=seconds[0], sec_score=seconds[1], sec_update=seconds[2])
         run.write(record)
+        history.append(record)
         bar.set_description(f"{args.algo}: accuracy {record['accuracy']:.2f}")
-        credit = (responses, roles, w)
-        idle_steps = 0 if used_groups else idle_steps + 1
-        if idle_steps in (5, 50, 500):
-            tqdm.write(why_idle(idle_steps, record, verdicts, lengths, args), file=sys.stderr)
+        say_trouble(history)
         last = step == args.steps
         if last or (args.eval_every and step % args.eval_every == 0):
             run.write(evaluate(policy, held_out, judge, args, step))
+            run.keep_best(policy)
         if last or (args.save_every and step % args.save_every == 0):
-            run.save(step, policy, optimizer)  # last: a checkpoint holds all records so far
-    summarize(run, credit)
+            run.save(step, policy, optimizer, scaler)  # at the end: it holds all records so far
+    summarize(run)
 
 
 def generator(args, step: int, purpose: int = 0) -> torch.Generator:
@@ -250,86 +268,113 @@ def token_metrics(rollout, old_logp, roles, w) -> dict:
     return {name: x.mean().item() if len(x) else None for name, x in values.items()}
 
 
-def clip_gradient(parameters: list, run: "Run", step: int) -> float:
-    """Scale the gradient to norm 1 at most; its norm before. InputError where it is not finite:
-    before the optimizer's step, which would spoil all weights."""
+def clip_gradient(optimizer, scaler, run: "Run", step: int) -> float | None:
+    """Scale the gradient to norm 1 at most; its norm before.
+
+    None where float16 has overflowed: then the scaler skips the optimizer's step and lowers its
+    scale. InputError where the gradient is not finite for another reason, before that step, which
+    would spoil all weights.
+    """
+    parameters = optimizer.param_groups[0]["params"]
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
-    if not math.isfinite(norm):
-        cause = "lower --lr, and look at --reward and --weights"
-        kept = f"the last checkpoint is {run.checkpoint()}"
-        raise InputError(f"step {step}: the gradient is not finite: {cause}; {kept}")
-    return norm
+    if math.isfinite(norm):
+        return norm
+    if scaler.is_enabled() and scaler.get_scale() > 1:
+        return None
+    cause = "lower --lr, and look at --reward and --weights"
+    kept = f"the last checkpoint is {run.checkpoint()}"
+    raise InputError(f"step {step}: the gradient is not finite: {cause}; {kept}")
 
 
-def why_idle(steps: int, record: dict, verdicts, lengths, args) -> str:
-    """Why nothing is learned when all rewards of each group are the same, and what to try."""
-    most = len(verdicts) / 2
-    if (lengths == args.max_new_tokens).sum() > most:
-        cause = "are cut off; try a larger --max-new-tokens"
-    elif sum(verdict.format == 0 for verdict in verdicts) > most:
-        cause = "lack the tags; try --warmup-steps 30, which imitates demonstrations first"
-    elif sum(verdict.accuracy > 0.5 for verdict in verdicts) > most:
-        cause = "are right; try harder data"
+def say_trouble(history: list[dict]) -> None:
+    """What keeps the policy from learning, and what to try: after 5, 50 and 500 steps of it."""
+    first = history[0]
+    now = history[-1]
+    formless = steps_in_a_row(record["format"] < 0.02 for record in history)
+    idle = steps_in_a_row(record["used_groups"] == 0 for record in history)
+    if formless in (5, 50, 500):
+        said = f"almost no response had the three blocks for {formless} steps, so that SRPO is GRPO"
+    elif idle in (5, 50, 500):
+        said = f"rewards did not differ in any group for {idle} steps"
     else:
-        cause = "are wrong; try easier data, a larger --group-size or --warmup-steps 30"
-    said = f"mean reward {record['reward']:.2f}, {record['format']:.0%} well-formed"
-    return f"rewards did not differ in any group for {steps} steps: {said}; most responses {cause}"
+        return
+    if now["truncated"] > 0.5:
+        cause = "most responses are cut off; try a larger --max-new-tokens"
+    elif formless and first["format"] > 0.5:
+        cause = f"{first['format']:.0%} had them in step {first['step']}; try a lower --lr"
+    elif formless:
+        cause = "try --warmup-steps 60, which imitates demonstrations first"
+    elif now["accuracy"] > 0.5:
+        cause = "most responses are right; try harder data"
+    else:
+        cause = "most responses are wrong; try easier data, or a larger --group-size"
+    figures = f"mean reward {now['reward']:.2f}, {now['format']:.0%} well-formed"
+    tqdm.write(f"{said}: {figures}; {cause}", file=sys.stderr)
+
+
+def steps_in_a_row(happened) -> int:
+    """How many of the last steps it happened in, without a gap."""
+    count = 0
+    for step in happened:
+        count += 1
+        if not step:
+            count = 0
+    return count
 
 
 def evaluate(policy, examples, judge, args, step: int, batch: int = 64) -> dict:
-    """Record of a response to each example, at the training temperature, always drawn alike."""
+    """Record of a response to each example, at --eval-temperature, always drawn alike."""
     rng = generator(args, 0, purpose=1)
-    limits = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
+    limits = {"max_new_tokens": args.max_new_tokens, "temperature": args.eval_temperature}
     texts = []
     for first in tqdm(range(0, len(examples), batch), "evaluating", leave=False, disable=None):
         prompts = policy.encode(examples[first : first + batch])
         rollout = policy.sample(prompts, 1, generator=rng, **limits)
         texts += [text for text, _ in policy.decode(rollout)]
-    pairs = list(zip(texts, examples, strict=True))
-    means = averages([judge(text, example) for text, example in pairs])
+    verdicts = [judge(text, example) for text, example in zip(texts, examples, strict=True)]
     samples = []
-    for text, example in pairs[:3]:
+    for text, example, verdict in list(zip(texts, examples, verdicts, strict=True))[:3]:
         sample = {"question": example.question, "answer": example.answer, "response": text}
-        samples.append(sample)
-    return {"step": step, "eval": {**means, "n": len(examples)}, "samples": samples}
+        samples.append({**sample, "verdict": in_words(verdict)})
+    figures = {**averages(verdicts), "n": len(examples), "temperature": args.eval_temperature}
+    return {"step": step, "eval": figures, "samples": samples}
 
 
-def summarize(run: "Run", credit) -> None:
-    """The first evaluation against the last, one answer in both, the credit of one response."""
+def in_words(verdict: Verdict) -> str:
+    if verdict.accuracy != 1:
+        return "wrong"
+    if verdict.grounded is None:
+        return "right"
+    if verdict.grounded == 1:
+        return "right, and what it rests on was seen"
+    return "right, but what it rests on was not all seen"
+
+
+def summarize(run: "Run") -> None:
+    """The first evaluation against the last, and one answer in both."""
     evaluations = [record for record in run.log() if "eval" in record]
-    first = evaluations[0]
-    last = evaluations[-1]
-    n = last["eval"].pop("n")
-    print(f"\n{n} held-out examples: step {first['step']}, step {last['step']}")
-    for name, value in last["eval"].items():
-        if value is not None:
-            print(f"{name:12}{first['eval'][name]:10.3f}{value:10.3f}")
-    print("\n{question}  (answer: {answer})".format(**first["samples"][0]))
-    print(f"step {first['step']}: {first['samples'][0]['response']}")
-    if last is not first:
-        print(f"step {last['step']}: {last['samples'][0]['response']}")
-    if credit is not None and credit[0]:
-        responses, roles, w = credit
-        row = int((w - 1).square().sum(dim=1).argmax())  # the one with the most to see
-        print("\nA response of the last step, and the weight of each token that is not 1, GRPO's:")
-        print(with_weights(*responses[row], w[row].tolist()))
-        if (w != 1).any():
-            print("Where it is above 1: did the image, or the perception, decide this word?")
-        else:
-            print("None: every token counts alike.")
+    shown = [evaluations[0]]
+    if len(evaluations) > 1:
+        shown.append(evaluations[-1])
+    temperature = shown[0]["eval"]["temperature"]
+    how = f"sampled at temperature {temperature}"
+    if temperature == 0:
+        how = "the likeliest token each time"
+    steps = ", ".join(f"step {record['step']}" for record in shown)
+    print(f"\n{shown[0]['eval']['n']} held-out examples, {how}: {steps}")
+    for name in Verdict.__dataclass_fields__:
+        values = [record["eval"][name] for record in shown]
+        if None not in values:
+            print(f"{name:12}" + "".join(f"{value:10.3f}" for value in values))
+    print("\n{question}  (answer: {answer})".format(**shown[0]["samples"][0]))
+    for record in shown:
+        print("step {}, {verdict}: {response}".format(record["step"], **record["samples"][0]))
     print(f"\nmetrics and checkpoint: {run.path}")
-
-
-def with_weights(text: str, offsets, weights) -> str:
-    """A response with the weight of each token behind it, where it is not 1."""
-    shown = ""
-    end = 0
-    for (start, stop), weight in zip(offsets, weights, strict=False):
-        shown += text[max(start, end) : stop]
-        if weight != 1:
-            shown += f"[{weight:.1f}]"
-        end = max(stop, end)
-    return shown
+    best = max(evaluations, key=lambda record: record["eval"]["accuracy"])
+    if best is not evaluations[-1] and (run.path / "best").exists():
+        print(
+            f"best accuracy, {best['eval']['accuracy']:.3f} in step {best['step']}: {run.path}/best"
+        )
 
 
 # ---- what the loop works with
@@ -338,7 +383,8 @@ def with_weights(text: str, offsets, weights) -> str:
 def build_task(args, judge=None):
     """The drawn task, or the rows of --data, whose answers must be right by the judge if given."""
     if args.data:
-        task = data.OwnTask(args.data, args.seed, args.eval_all, judge)
+        options = {"system": args.system, "eval_all": args.eval_all, "judge": judge}
+        task = data.OwnTask(args.data, args.seed, **options)
         if not args.reward:
             note_hard_answers(task.answers)
         return task
@@ -360,9 +406,26 @@ def note_hard_answers(answers: list[str]) -> None:
 
 
 def build_weigh(args):
-    if args.weights:
-        return load_function("--weights", args.weights)
-    return srpo_weights
+    """`srpo_weights`, or the function that --weights names; tried out before it is needed."""
+    if not args.weights:
+        return srpo_weights
+    function = load_function("--weights", args.weights)
+
+    def weigh(logp, *tensors, **options):
+        try:
+            w = function(logp, *tensors, **options)
+            if w.shape != logp.shape:
+                raise ValueError(f"weights {list(w.shape)} for tokens {list(logp.shape)}")
+            return w
+        except (Exception, SystemExit) as error:  # whatever the function does
+            said = f"{type(error).__name__}, {first_line(error)}"
+            raise InputError(f"--weights {args.weights}: {said}") from None
+
+    logp = torch.full((2, 3), -1.0)
+    roles = torch.tensor([[Role.PERCEPTION, Role.REASONING, Role.OTHER]] * 2)
+    options = {"tau": args.tau, "w_min": args.w_min, "w_max": args.w_max, "progress": 0.0}
+    weigh(logp, logp, logp, roles, torch.tensor([1.0, -1.0]), entropy=-logp, **options)
+    return weigh
 
 
 def build_judge(args):
@@ -401,23 +464,73 @@ def load_function(option: str, place: str):
         raise InputError(f"{option} {place}: {said}") from None
 
 
-def prepare(args, run: "Run"):
-    """Policy, reference (or None), optimizer, and the number of steps already done."""
-    if args.model == "tiny":
+def prepare(args, run: "Run", task):
+    """Policy, reference (or None), optimizer, and the scaler of float16 gradients."""
+    if model.is_tiny(args.model):
         torch.set_num_threads(1)  # sharing products so small costs more than it gains
         if args.data:
             said = "note: --model is tiny, which knows the words of drawn tasks alone"
             print(said, file=sys.stderr)
-    initial = warmed_up(args, run)
+    initial = warmed_up(args, run, task)
     policy = load_policy(args, run.checkpoint() or initial)
     trained = trainable(policy, args)
+    if args.recompute:
+        model.recompute_layers(policy.model)
     reference = None  # with adapters of its own it is the policy without them
-    if args.kl_coef > 0 and (not args.lora or model.base_of_adapters(initial)):
+    if args.kl_coef > 0 and (not args.lora or model.adapter_config(initial)):
         reference = load_policy(args, initial)
     # Trained weights are float32: at lr 1e-6 an update of a bf16 weight would be rounded away.
     options = {"lr": args.lr, "betas": (0.9, 0.99), "weight_decay": 0.0, "fused": True}
     optimizer = torch.optim.AdamW(trained, **options)
-    return policy, reference, optimizer, run.restore(optimizer, args.device)
+    return policy, reference, optimizer, gradient_scaler(args)
+
+
+def gradient_scaler(args) -> torch.amp.GradScaler:
+    """For float16, whose smallest numbers gradients fall below; else it does nothing."""
+    return torch.amp.GradScaler(torch.device(args.device).type, enabled=args.dtype == "float16")
+
+
+def check_prompts(policy, task, args) -> None:
+    """InputError where a prompt leaves no room for its response. Says what a real model takes."""
+    context = policy.model.config.get_text_config().max_position_embeddings
+    longest = (0, 0)
+    for example, sizes in task.prompts():
+        length = policy.prompt_length(example, sizes)
+        if length[0] + args.max_new_tokens > context:
+            said = f"{length[0]} tokens, {length[1]} of them visual, and --max-new-tokens "
+            said += f"{args.max_new_tokens} exceed the model's {context}; lower --max-pixels"
+            raise InputError(f"{example.source or example.question}: {said}")
+        longest = max(longest, length)
+    if not model.is_tiny(args.model):
+        print(what_it_takes(policy, *longest, args), file=sys.stderr)
+
+
+def what_it_takes(policy, tokens: int, visual_tokens: int, args) -> str:
+    """Parameters, the longest prompt, and an estimate of memory (extras/README.md, what fits)."""
+    total = sum(x.numel() for x in policy.model.parameters())
+    trained = sum(x.numel() for x in policy.model.parameters() if x.requires_grad)
+    needed = 16 * trained + 4 * (total - trained)  # weights, gradients, Adam's two moments
+    if args.dtype != "float32":
+        needed += 2 * total  # the copy that is computed with
+    if args.dtype != "float32" and args.lora:
+        needed -= 4 * (total - trained)  # frozen weights have the copy alone
+    config = policy.model.config.get_text_config()
+    bytes_a_layer = 22 * config.hidden_size + 8 * config.intermediate_size  # for each token
+    if args.recompute:
+        bytes_a_layer = 4 * config.hidden_size
+    kept = tokens + min(args.micro_batch, args.group_size) * args.max_new_tokens
+    needed += kept * config.num_hidden_layers * bytes_a_layer + 2**30
+    there = "on the CPU, which is slow"
+    if args.device.startswith("cuda"):
+        memory = torch.cuda.get_device_properties(args.device).total_memory
+        there = f"of {memory / 2**30:.0f} there"
+        if needed > memory:
+            there += ": try --recompute, then --lora 16, then a smaller --max-pixels"
+    said = (
+        f"{trained / 1e6:,.0f} of {total / 1e6:,.0f} million parameters are trained; the longest "
+    )
+    said += f"prompt has {tokens} tokens, {visual_tokens} of them visual; "
+    return said + f"about {needed / 2**30:.0f} GiB are needed, {there}"
 
 
 def load_policy(args, name) -> model.Policy:
@@ -435,43 +548,50 @@ def trainable(policy, args) -> list:
     return [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
 
 
-def warmed_up(args, run: "Run") -> str:
+def warmed_up(args, run: "Run", task) -> str:
     """What RL starts from: --model, or a folder with it after a cold start, which is made once.
 
     The tiny model is fluent then, and sees what is not there: that is for RL to put right.
     """
     folder = run.path / "warmed-up"
     if args.model == "tiny" and not args.demonstrations:  # kept for other runs, by all it takes
-        names = [
-            "task",
-            "seed",
-            "image_size",
-            "device",
-            "dtype",
-            "warmup_steps",
-            "warmup_lr",
-            "warmup_noise",
-        ]
+        names = ["task", "seed", "image_size", "device", "dtype"]
+        names += ["warmup_steps", "warmup_lr", "warmup_noise"]
         versions = [WARMUP_VERSION, torch.__version__, transformers.__version__]
         made_by = versions + [getattr(args, name) for name in names]
         key = hashlib.sha256(repr(made_by).encode()).hexdigest()[:16]
-        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = Path(cache) / "srpo" / f"tiny-{key}"
+        folder = cache_folder(run) / f"tiny-{key}"
     elif args.warmup_steps == 0:
         return args.model
     if not folder.exists():
         policy = load_policy(args, args.model)
-        imitate(policy, args)
+        imitate(policy, args, task)
         write_folder(folder, policy.save)
     return str(folder)
 
 
-def imitate(policy, args) -> None:
-    """A cold start: supervised steps on demonstrations, the last fifth with --warmup-noise."""
+def cache_folder(run: "Run") -> Path:
+    """Where warmed-up tiny models are kept; the run's own folder where there is no cache."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "srpo"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home
+        return run.path
+    if not os.access(folder, os.W_OK):
+        return run.path
+    return folder
+
+
+def imitate(policy, args, task) -> None:
+    """A cold start: supervised steps on demonstrations, the last fifth with --warmup-noise.
+
+    A real model stops once it has learned the form, except with --train-vision: that is to learn
+    more than the form.
+    """
     if args.demonstrations:
-        task = data.OwnTask(args.demonstrations, args.seed)
+        demonstrations = data.OwnTask(args.demonstrations, args.seed, held_out=task.held_out)
     else:  # of a drawn task also with --data, whose rows need not show a response
-        task = drawn_task(args)
+        demonstrations = drawn_task(args)
     if args.model == "tiny":
         parameters = list(policy.model.parameters())  # the vision tower, too, which is random
         batch = TINY["prompts"]  # whatever --prompts says, since runs share the result
@@ -480,23 +600,48 @@ def imitate(policy, args) -> None:
         batch = args.prompts
     options = {"lr": 1.0, "betas": (0.9, 0.95), "weight_decay": 0.01, "fused": True}
     optimizer = torch.optim.AdamW(parameters, **options)
+    scaler = gradient_scaler(args)
     true_steps = args.warmup_steps * 4 // 5
+    ramp_steps = max(1, args.warmup_steps // 16)
     for step in tqdm(range(args.warmup_steps), "imitating demonstrations", disable=None):
-        ramp = (step + 1) / 20
+        ramp = (step + 1) / ramp_steps
         decay = max(0.1, 1.1 - step / max(1, true_steps))
         optimizer.param_groups[0]["lr"] = args.warmup_lr * min(1, ramp, decay)
         noise = args.warmup_noise if step >= true_steps else 0.0
         rng = np.random.default_rng((args.seed, step, 3))
-        examples = task.train_batch(10**6 + step, batch)  # not those of RL
+        examples = demonstrations.train_batch(10**6 + step, batch)  # not those of RL
         prompts = policy.encode(examples)
         written = policy.as_rollout([demonstrate(example, noise, rng) for example in examples])
         for start in range(0, len(examples), args.micro_batch):
             rows = slice(start, start + args.micro_batch)
             logp = policy.log_probs(prompts, written[rows], temperature=1.0)
-            (-logp.sum() / written.mask.sum()).backward()
+            scaler.scale(-logp.sum() / written.mask.sum()).backward()
+        scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        if model.is_tiny(args.model):
+            continue
+        last = step + 1 == args.warmup_steps
+        if last or (step % 10 == 9 and not args.train_vision):
+            formed = responses_with_form(policy, task, args, step)
+            said = f"cold start, step {step + 1}: {formed} of 16 sampled responses have the form"
+            if last and formed < 8:
+                said += "; raise --warmup-steps, --warmup-lr, or --max-new-tokens if cut off"
+            tqdm.write(said, file=sys.stderr)
+            if formed == 16:
+                break
+
+
+def responses_with_form(policy, task, args, step: int) -> int:
+    """How many of 16 sampled responses are exactly the three blocks."""
+    examples = task.train_batch(step, 16)
+    limits = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
+    rng = generator(args, step, purpose=2)
+    rollout = policy.sample(policy.encode(examples), 1, generator=rng, **limits)
+    verdicts = judge_all(verify, policy.decode(rollout), rollout, examples)
+    return sum(verdict.format == 1 for verdict in verdicts)
 
 
 # ---- the folder of a run
@@ -522,20 +667,39 @@ class Run:
     def claim(self, options: dict) -> None:
         """Make the folder, with the run's options in it."""
         if any(file.name not in ("args.json", "lock") for file in self.path.glob("*")):
-            raise InputError(f"--out {self.path}: not empty; --resume {self.path} goes on with it")
+            advice = "give a new folder"
+            if (self.path / "args.json").exists():
+                advice = f"--resume {self.path} goes on with it"
+            raise InputError(f"--out {self.path}: not empty; {advice}")
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock()
         text = json.dumps(options, indent=1)
         (self.path / "args.json").write_text(text + "\n", encoding="utf-8")
 
     def argv(self) -> list[str]:
-        """The options that it was started with, to be checked again."""
+        """The options that it was started with, to be checked again, in the folder of that time."""
         try:
-            text = (self.path / "args.json").read_text(encoding="utf-8")
-            return ["".join(word) for word in json.loads(text)["argv"]]
+            options = json.loads((self.path / "args.json").read_text(encoding="utf-8"))
+            if not all(isinstance(word, str) for word in options["argv"]):
+                raise TypeError("argv holds more than text")
+            began_in = Path(options.get("cwd", "."))
+            if began_in.is_dir():
+                os.chdir(began_in)  # where the relative paths among the options begin
+            return list(options["argv"])
         except (OSError, ValueError, KeyError, TypeError):
             said = "not the folder of a run (no args.json there)"
             raise InputError(f"--resume {self.path}: {said}") from None
+
+    def check_data(self, task) -> None:
+        """InputError where a run goes on with other rows: its held-out ones would be others."""
+        if not isinstance(task, data.OwnTask):
+            return
+        file = self.path / "data.sha256"
+        if not file.exists():
+            file.write_text(task.fingerprint)
+        elif file.read_text() != task.fingerprint:
+            said = "has changed since the run began; put it back, or begin a new run"
+            raise InputError(f"--data {task.path}: {said}")
 
     def log(self) -> list[dict]:
         """Records of the run, without a last line that a kill has cut off."""
@@ -554,7 +718,12 @@ class Run:
             kind = "eval" if "eval" in record else "train"
             figures = record.get("eval", record)
             numbers = {f"{kind}/{name}": x for name, x in figures.items() if x is not None}
-            self.send(numbers, record["step"])
+            try:
+                self.send(numbers, record["step"])
+            except (Exception, SystemExit) as error:  # no run ends for want of a live curve
+                said = f"--log: no more, {type(error).__name__}, {first_line(error)}"
+                tqdm.write(said, file=sys.stderr)
+                self.send = None
 
     def checkpoint(self) -> Path | None:
         """The last whole one; what a kill has left half written has another name."""
@@ -563,12 +732,19 @@ class Run:
         ]
         return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
 
-    def save(self, step: int, policy, optimizer) -> None:
+    def keep_best(self, policy) -> None:
+        """The policy in best/, if the evaluation just written has the highest accuracy so far."""
+        accuracies = [record["eval"]["accuracy"] for record in self.log() if "eval" in record]
+        if accuracies[-1] > max(accuracies[:-1]):
+            write_folder(self.path / "best", policy.save, replace_old=True)
+
+    def save(self, step: int, policy, optimizer, scaler) -> None:
         """A checkpoint, in the place of the one before it."""
 
         def fill(folder):
             policy.save(folder)
-            torch.save({"step": step, "optimizer": optimizer.state_dict()}, folder / "trainer.pt")
+            state = {"step": step, "optimizer": optimizer.state_dict()}
+            torch.save({**state, "scaler": scaler.state_dict()}, folder / "trainer.pt")
             shutil.copy(self.metrics, folder)
 
         checkpoint = self.path / f"checkpoint-{step:06d}"
@@ -586,26 +762,34 @@ class Run:
         else:  # without a copy in the checkpoint this fails, and leaves the records as they are
             shutil.copy(checkpoint / "metrics.jsonl", self.metrics)
 
-    def restore(self, optimizer, device: str) -> int:
-        """The last checkpoint's state into the optimizer; returns the number of steps done."""
+    def restore(self, optimizer, scaler, device: str) -> int:
+        """The last checkpoint's state into optimizer and scaler; the number of steps done."""
         checkpoint = self.checkpoint()
         if checkpoint is None:
             return 0
         try:
             state = torch.load(checkpoint / "trainer.pt", map_location=device, weights_only=True)
             optimizer.load_state_dict(state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
             return int(state["step"])
         except Exception as error:  # a cut file, a foreign one
+            if is_out_of_memory(error):
+                raise
             said = f"remove it, trainer.pt is broken ({first_line(error)})"
             raise InputError(f"{checkpoint}: {said}") from None
 
 
-def write_folder(folder: Path, fill) -> None:
+def write_folder(folder: Path, fill, replace_old: bool = False) -> None:
     """Make `folder` whole or not at all: `fill` writes beside it, then it is renamed."""
+    for left in folder.parent.glob("*.tmp"):  # by a process that was killed
+        if time.time() - left.stat().st_mtime > 86_400:
+            shutil.rmtree(left, ignore_errors=True)
     beside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     try:
         beside.mkdir(parents=True, exist_ok=True)
         fill(beside)
+        if replace_old:
+            shutil.rmtree(folder, ignore_errors=True)
         beside.rename(folder)
     except Exception as error:  # a full disk, too, reported in ways of their own
         shutil.rmtree(beside, ignore_errors=True)
@@ -637,7 +821,7 @@ def number(kind, low, high=10**12):
 
 
 def build_parser() -> Parser:
-    parser = Parser(allow_abbrev=False, description=__doc__.splitlines()[0])
+    parser = Parser(allow_abbrev=False, description="Train with SRPO, or with GRPO.")
     whole = number(int, 0, 10**6)
     count = number(int, 1, 10**6)
     positive = number(float, 1e-12, 1e12)
@@ -660,6 +844,9 @@ def build_parser() -> Parser:
     group = parser.add_argument_group("what most people need first")
     add("--model", "tiny, a folder, or a hub name such as Qwen/Qwen2-VL-2B-Instruct", "tiny")
     add("--data", "JSON lines of image(s), question, answer; else a drawn task", metavar="FILE")
+    add(
+        "--system", "what each chat begins with, as in a row's system", "", metavar="TEXT", type=str
+    )
     add("--task", "which drawn task", "count", choices=data.TASKS)
     add("--reward", "your own reward, (response text, example) -> float", metavar=function)
     add("--algo", "grpo: the same advantage for every token", "srpo", choices=("srpo", "grpo"))
@@ -691,16 +878,19 @@ def build_parser() -> Parser:
     group = parser.add_argument_group("memory and machine")
     add("--micro-batch", "responses in memory at a time, in scoring and update", type=count)
     add("--max-pixels", "area that images are shrunk to (a real model: 602112)", type=count)
+    add("--recompute", "layers again in the backward pass: less memory", False, action="store_true")
     add("--device", "cpu, cuda, cuda:1 ...", "cuda" if torch.cuda.is_available() else "cpu")
-    dtypes = ("float32", "bfloat16")
-    add("--dtype", "of computing (else: bfloat16 for a real model on a GPU)", choices=dtypes)
+    dtypes = ("float32", "bfloat16", "float16")
+    add("--dtype", "of computing (a real model on a GPU: 16 bits, as it can)", choices=dtypes)
     group = parser.add_argument_group("evaluation and checkpoints")
     add("--eval-every", "steps between evaluations; 0: only before and after", 20, type=whole)
     add("--eval-size", "held-out examples", 256, type=number(int, 1, 10**5))
+    add("--eval-temperature", "0: the likeliest token", type=number(float, 0))
     add("--eval-all", "hold out all rows of --data", False, action="store_true")
     add("--save-every", "steps between checkpoints; 0: only the last", 20, type=whole)
     group = parser.add_argument_group("cold start, and drawn tasks")
-    add("--warmup-steps", "imitate demonstrations first", type=whole)
+    until = "imitate demonstrations first; a real model until it has the form"
+    add("--warmup-steps", until, type=whole)
     add("--demonstrations", "rows as in --data with a response; else drawn", metavar="FILE")
     add("--warmup-lr", "learning rate of that", type=positive)
     add("--warmup-noise", "rate of wrong facts in the last fifth of it", type=share)
@@ -723,26 +913,43 @@ def presets(args: argparse.Namespace) -> dict:
     return found
 
 
+def default_dtype(args: argparse.Namespace) -> str:
+    if not args.device.startswith("cuda") or model.is_tiny(args.model):
+        return "float32"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16"
+    return "float16"
+
+
 def resolve_options(argv: list[str]) -> argparse.Namespace:
     """All options with their values, checked."""
     args = build_parser().parse_args(argv)
+    try:
+        torch.zeros(1, device=args.device).item()
+        if args.device.startswith("cuda:"):
+            torch.cuda.set_device(args.device)  # kernels in Triton run on the current one
+    except Exception as error:  # a device that is not there fails in ways of its own
+        said = f"not possible here ({first_line(error)})"
+        raise InputError(f"--device {args.device}: {said}") from None
+    adapters = model.adapter_config(args.model)
+    if adapters is not None:
+        if args.lora not in (None, adapters["r"]):
+            said = f"the adapters in {args.model} have rank {adapters['r']}; leave it out"
+            raise InputError(f"--lora {args.lora}: {said}")
+        args.lora = adapters["r"]
     for name, value in presets(args).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.dtype is None:
-        real_on_gpu = args.device.startswith("cuda") and not model.is_tiny(args.model)
-        args.dtype = "bfloat16" if real_on_gpu else "float32"
+        args.dtype = default_dtype(args)
     if args.w_min > args.w_max:
         raise InputError(f"--w-min {args.w_min}: above --w-max {args.w_max}")
     if args.eval_all and args.steps > 0:
         raise InputError("--eval-all: leaves no rows to train on; give --steps 0, too")
     if args.lora and args.train_vision:
-        raise InputError("--train-vision: not with --lora, which freezes the vision tower")
-    try:
-        torch.zeros(1, device=args.device).item()
-    except Exception as error:  # a device that is not there fails in ways of its own
-        said = f"not possible here ({first_line(error)})"
-        raise InputError(f"--device {args.device}: {said}") from None
+        raise InputError("--train-vision: not with adapters, which keep the vision tower frozen")
+    if args.lora:
+        model.import_peft()
     return args
 
 
@@ -750,7 +957,7 @@ def open_run(argv: list[str]) -> tuple[argparse.Namespace, Run]:
     """The options, and the folder of the run, claimed or gone back to."""
     args = build_parser().parse_args(argv)
     if args.resume:
-        run = Run(args.resume)
+        run = Run(Path(args.resume).resolve())
         given = {word.split("=")[0] for word in argv if word.startswith("--")}
         for option in sorted(given - {"--resume", "--steps", "--micro-batch"}):
             said = f"not with --resume, which takes the options of {args.resume}"
@@ -760,14 +967,24 @@ def open_run(argv: list[str]) -> tuple[argparse.Namespace, Run]:
     else:
         args = resolve_options(argv)
         run = Run(args.out or new_folder(args))
-        run.claim({"argv": argv, **vars(args)})
+        run.claim({"argv": argv, "cwd": os.getcwd(), **vars(args)})
     if args.log:
         run.send = load_function("--log", args.log)(run.path, vars(args))
     return args, run
 
 
 def new_folder(args) -> Path:
-    name = f"{Path(args.model).name}-{args.algo}-seed{args.seed}"
+    """A folder in out/ that is not there yet, named by what makes the run another one."""
+    path = Path(args.model)
+    if re.fullmatch(r"checkpoint-\d+|best", path.name):
+        path = path.resolve().parent
+    name = f"{path.name}-{args.algo}"
+    for option in ("task", "corruption", "tau", "w_min", "w_max", "lam", "weights", "lora"):
+        value = getattr(args, option)
+        if value != build_parser().get_default(option):
+            short = str(value).rpartition(":")[2]  # of FILE.py:NAME the name
+            name += f"-{option.replace('_', '-')}-{short}"
+    name += f"-seed{args.seed}"
     path = Path("out", name)
     number = 1
     while path.exists():
@@ -783,6 +1000,8 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, terminated)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not have all characters
     run = None
     try:
         args, run = open_run(sys.argv[1:] if argv is None else argv)
@@ -792,14 +1011,18 @@ def main(argv: list[str] | None = None) -> int:
         went = f"go on with: python train.py --resume {run.path}" if run else "nothing was begun"
         print(f"\nstopped; {went}", file=sys.stderr)
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
+    except BrokenPipeError:  # nobody reads the summary to its end, as with | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (InputError, OSError) as error:
         said = str(error)  # not the error, which would keep the run, and its lock
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        known = ("not enough memory", "can't allocate memory", "out of memory")
-        if not isinstance(error, MemoryError) and not any(x in str(error) for x in known):
+        if not is_out_of_memory(error):
             raise
-        ways = "--micro-batch, --max-new-tokens or --max-pixels, or train with --lora 16"
+        ways = "--micro-batch, --max-new-tokens or --max-pixels, or give --recompute or --lora 16"
         said = f"out of memory: lower {ways}"
+        if "fragmentation" in str(error):
+            said += "; PYTORCH_ALLOC_CONF=expandable_segments:True may help, too"
     print(f"error: {said}", file=sys.stderr)
     return 2
 

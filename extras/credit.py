@@ -143,4 +143,4 @@ def read_options(folder: Path) -> dict:
 
 def warmed_up(args) -> model.Policy:
     """The tiny model after its warm-up, which is made once and kept."""
-    return train.load_policy(args, train.warmed_up(args, train.Run(".")))
+    return train.load_policy(args, train.warmed_up(args, train.Run("."), train.drawn_task(args)))

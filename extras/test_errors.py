@@ -173,7 +173,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_spoils_nothing(tmp_path
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
 def test_too_little_memory_names_the_ways_out(capsys, tmp_path, monkeypatch, error):
-    def fail(args, run):
+    def fail(args, run, task):
         raise error
 
     monkeypatch.setattr(train, "prepare", fail)
@@ -211,7 +211,7 @@ BAD_ROWS = [
     ({"image": None}, "image must be a file name, not missing"),
     ({"image": "data:image/png;base64,iVBO"}, "extras/from_hub.py"),
     ({"images": ["0.png"]}, "image and images; give one"),
-    ({"system": "Be brief."}, "system is not read"),
+    ({"system": 3}, "system must be text"),
     ({"messages": []}, "messages is not read"),
     ({"question": ["q"]}, "question must be text, not list"),
     ({"question": None}, "question must be text, not missing"),

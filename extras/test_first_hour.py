@@ -119,38 +119,50 @@ def test_each_tag_in_its_place_earns_its_share_of_the_format_reward():
 # ---- steps that teach nothing
 
 
+WELL = {"reward": 0.25, "format": 1.0, "accuracy": 0.0, "used_groups": 0, "truncated": 0.0}
+FORMLESS = {**WELL, "format": 0.0, "used_groups": 3}  # chance tags give a spread
+
+
 @pytest.mark.parametrize(
-    ("verdict", "cut_off", "cause"),
+    ("records", "said"),
     [
-        (data.Verdict(0.25, 0.0, 0.0), True, "are cut off; try a larger --max-new-tokens"),
-        (data.Verdict(0.25, 0.0, 0.0), False, "lack the tags; try --warmup-steps"),
-        (data.Verdict(0.25, 0.0, 1.0), False, "are wrong; try easier data"),
-        (data.Verdict(0.25, 1.0, 1.0), False, "are right; try harder data"),
+        ([WELL] * 5, "rewards did not differ in any group for 5 steps"),
+        ([WELL] * 5, "most responses are wrong; try easier data"),
+        ([{**WELL, "accuracy": 0.75}] * 50, "for 50 steps"),
+        ([{**WELL, "accuracy": 0.75}] * 5, "most responses are right; try harder data"),
+        ([{**WELL, "truncated": 0.75}] * 5, "most responses are cut off; try a larger"),
+        (
+            [FORMLESS] * 5,
+            "almost no response had the three blocks for 5 steps, so that SRPO is GRPO",
+        ),
+        ([FORMLESS] * 5, "try --warmup-steps 60"),
+        ([{**FORMLESS, "truncated": 0.75}] * 5, "most responses are cut off; try a larger"),
+        ([WELL, *[FORMLESS] * 5], "100% had them in step 1; try a lower --lr"),
+        ([WELL] * 4, ""),
+        ([WELL] * 6, ""),
+        ([*[WELL] * 4, {**WELL, "used_groups": 1}, WELL], ""),
     ],
 )
-def test_why_no_rewards_differ_is_told_by_its_cause(verdict, cut_off, cause):
-    args = train.resolve_options(["--max-new-tokens", "9"])
-    lengths = torch.full((4,), 9)
-    if not cut_off:
-        lengths[:2] = 5  # half of them is not most
-    record = {"reward": 0.25, "format": verdict.format}
-    said = train.why_idle(5, record, [verdict] * 4, lengths, args)
-    assert cause in said
-    assert "for 5 steps" in said
-    assert "mean reward 0.25" in said
-    assert f"{verdict.format:.0%} well-formed" in said
+def test_what_keeps_a_policy_from_learning_is_said_by_its_cause(records, said, capsys):
+    records = [{"step": step, **record} for step, record in enumerate(records, start=1)]
+    train.say_trouble(records)
+    err = capsys.readouterr().err
+    assert said in err
+    assert bool(err) == bool(said)
+    if said:
+        assert "mean reward 0.25" in err
 
 
 def test_steps_without_a_spread_of_rewards_are_explained_once(tmp_path, capsys, monkeypatch):
     def all_alike(text, example):
-        return data.Verdict(0.25, 0.0, 0.0)
+        return data.Verdict(0.25, 0.0, 1.0)
 
     monkeypatch.setattr(train, "verify", all_alike)
     argv = ["--prompts", 1, "--group-size", 2, *COLD, "--eval-size", 1, "--max-new-tokens", 4]
     run(tmp_path / "out", *argv, "--steps", 6)
     said = capsys.readouterr().err
     assert said.count("did not differ") == 1
-    assert "for 5 steps: mean reward 0.25, 0% well-formed; most responses are cut off" in said
+    assert "for 5 steps: mean reward 0.25, 100% well-formed; most responses are cut off" in said
 
 
 # ---- the folder, and signals
@@ -204,7 +216,7 @@ def test_what_is_written_into_the_records_by_hand_is_gone_after_resuming(finishe
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ('{"argv": ["--dtype", "float16"]}', "--dtype"),
+        ('{"argv": ["--dtype", "float8"]}', "--dtype"),
         ('{"argv": ["--lr", "fast"]}', "--lr"),
         ('{"argv": "x"}', "unrecognized"),
         ('{"argv": [1]}', "not the folder of a run"),
@@ -280,11 +292,13 @@ def test_a_decoder_that_fails_oddly_is_one_line(tmp_path, capsys, monkeypatch, j
     assert "0.png cannot be read" in message
 
 
-def test_more_than_all_memory_is_one_line(tmp_path, capsys):
-    argv = [*ONE, *COLD, "--eval-size", 2, "--prompts", 40, "--group-size", 10_000]
-    argv += ["--max-new-tokens", 6000]  # 600 GB for the keys of a layer
-    message = complaint(capsys, *argv, "--out", tmp_path / "out")
-    assert "out of memory: lower --micro-batch" in message
+def test_the_error_of_too_large_an_allocation_is_known():
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**60)
+    assert data.is_out_of_memory(error.value)
+    assert data.is_out_of_memory(MemoryError())
+    assert data.is_out_of_memory(RuntimeError("cuBLAS error: CUBLAS_STATUS_ALLOC_FAILED"))
+    assert not data.is_out_of_memory(RuntimeError("size mismatch"))
 
 
 # ---- live curves

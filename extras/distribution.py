@@ -1,0 +1,100 @@
+"""Where the contrasts and the weights of a model lie: percentiles, limits, roles, entropy.
+
+    python extras/distribution.py                                          the warmed-up tiny model
+    python extras/distribution.py --model RUN_DIR/warmed-up --prompts 8    after a cold start
+    python extras/distribution.py --model RUN_DIR/checkpoint-000200 --tau 3
+
+It samples responses to questions of the drawn task and scores them as the training loop does. Only
+responses that SRPO weighs are counted: those that step 9 leaves to GRPO are not.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import credit  # noqa: E402
+import transformers  # noqa: E402
+from readings import scored_tokens  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+import train  # noqa: E402
+from data import InputError  # noqa: E402
+from srpo import Role, contrast_scores, shared_baseline, token_weights  # noqa: E402
+
+ROLES = {"perception": Role.PERCEPTION, "reasoning": Role.REASONING}
+
+
+def relative(delta: Tensor, roles: Tensor, tau: float = 1.0) -> Tensor:
+    """(delta - b) / tau, [B, T]: what step 6 limits to log w_min .. log w_max."""
+    return (delta - shared_baseline(delta, roles)) / tau
+
+
+def share_at_limit(relative: Tensor, w_min: float, w_max: float) -> float:
+    """Share of these numbers that step 6 limits."""
+    w = relative.exp()
+    return mean(((w <= w_min) | (w >= w_max)).float())
+
+
+def mean(x: Tensor) -> float:
+    """NaN of nothing."""
+    return x.mean().item()
+
+
+def figures(batch: credit.Batch, logp_corrupted: Tensor, logp_blank: Tensor, args) -> dict:
+    """Figures of a batch, by their names in the table."""
+    roles = batch.roles
+    delta = contrast_scores(batch.rollout.logp, logp_corrupted, logp_blank, roles)  # [B, T]
+    w = token_weights(delta, roles, tau=args.tau, w_min=args.w_min, w_max=args.w_max)
+    scored = scored_tokens(delta, roles)
+    found = {}
+    for name, role in ROLES.items():
+        of_role = delta[scored & (roles == role)]
+        for percent in (5, 50, 95):
+            figure = float("nan")
+            if len(of_role) > 0:
+                figure = of_role.quantile(percent / 100).item()
+            found[f"delta of {name}, {percent} %"] = figure
+    near = relative(delta, roles, args.tau)[scored]
+    found["share of weights at a limit"] = share_at_limit(near, args.w_min, args.w_max)
+    for name, role in ROLES.items():
+        found[f"mean weight of {name}"] = mean(w[scored & (roles == role)])
+    found["entropy where w > 1"] = mean(batch.rollout.entropy[scored & (w > 1)])
+    found["entropy where w < 1"] = mean(batch.rollout.entropy[scored & (w < 1)])
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    transformers.utils.logging.disable_progress_bar()
+    parser = train.Parser(
+        allow_abbrev=False,
+        description=__doc__.splitlines()[0],
+        epilog="And the options of train.py: --model, --task, --seed, --max-new-tokens, --tau ...",
+    )
+    parser.add_argument("--prompts", default="24", help="questions (else: 24)")
+    mine, others = parser.parse_known_args(argv)
+    try:
+        args = train.resolve_options(["--prompts", mine.prompts, *others])
+        if args.model == "tiny":
+            policy = credit.warmed_up(args)
+        else:
+            policy = train.load_policy(args, args.model)
+        examples = train.build_task(args).train_batch(0, args.prompts)
+        batch = credit.sample(policy, examples, args, step=1)
+        logp_corrupted = credit.corrupted_log_probs(policy, batch, args, step=1)
+        logp_blank = credit.blank_log_probs(policy, batch, args)
+        found = figures(batch, logp_corrupted, logp_blank, args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    responses = len(batch.responses)
+    weighed = int((batch.roles > 0).any(dim=1).sum())
+    print(f"{args.model}, task {args.task}: {weighed} of {responses} responses have roles")
+    print("\n| figure | value |\n|---|---|")
+    for name, value in found.items():
+        print(f"| {name} | {value:.2f} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
