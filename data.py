@@ -452,7 +452,7 @@ class OwnTask:
             split = self._eval if row_images & self.held_out else self._train
             split.append(row)
         if not self._train and not eval_all:
-            needed = "needs rows with at least two different images, one to hold out"
+            needed = "needs at least two different images, one to train on and one to hold out"
             raise InputError(f"{path}: {needed}")
 
     def prompts(self) -> list[tuple[Example, list]]:
@@ -523,6 +523,8 @@ class OwnTask:
         files = []
         for name in names:
             try:
+                if not (self.path.parent / name).is_file():  # a pipe would be waited for
+                    raise OSError("no such file")
                 file = (self.path.parent / name).read_bytes()
                 images.append(open_image(io.BytesIO(file)))
             except Exception as error:  # decoders raise nearly anything on damaged files

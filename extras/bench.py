@@ -36,7 +36,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import bench_models  # noqa: E402
-import recompute  # noqa: E402
 from bench_models import MODELS, REAL, SHAPES, sizes_of  # noqa: E402
 
 import data  # noqa: E402
@@ -112,6 +111,8 @@ def train_options(args, condition: str, shape: str, folder: str) -> list[str]:
     argv += ["--eval-size", 1, "--eval-every", 0, "--save-every", 0]
     if "lora" in condition:
         argv += ["--lora", 16]
+    if "recompute" in condition:
+        argv += ["--recompute"]
     if args.dtype is not None:
         argv += ["--dtype", args.dtype]
     elif args.device != "cpu":  # train.py takes the models made here for the tiny one
@@ -124,11 +125,8 @@ def run_ours(args, condition: str, shape: str, folder: str) -> dict:
     options = train_options(args, condition, shape, folder)
     asked = train.build_parser().parse_args(options)
     responses = asked.prompts * asked.group_size
-    main = train.main
-    if "recompute" in condition:
-        main = recompute.main
     with tempfile.TemporaryDirectory() as out:
-        if main([*options, "--out", out]) != 0:
+        if train.main([*options, "--out", out]) != 0:
             sys.exit(2)
         records = [record for record in train.Run(out).log() if "eval" not in record]
     records = records[warm_up(args.steps) :]

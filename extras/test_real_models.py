@@ -17,7 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-import recompute  # noqa: E402
+import merge  # noqa: E402
 
 import data  # noqa: E402
 import model  # noqa: E402
@@ -270,9 +270,13 @@ def test_updated_weights_are_saved_whole(family, tmp_path):
 # ---- less memory
 
 
-@pytest.mark.parametrize("name", ["Qwen2VLConfig", "Qwen3_5Config"])
-def test_layers_computed_again_give_the_same_gradient_with_less_memory(name, tmp_path):
+@pytest.mark.parametrize("lora", [0, 4])
+@pytest.mark.parametrize("name", FAMILY)
+def test_layers_computed_again_give_the_same_gradient_with_less_memory(name, lora, tmp_path):
     policy = model.load(hub_folder(tmp_path, name), max_pixels=100 * 100)
+    if lora:
+        pytest.importorskip("peft", reason="pip install peft")
+        policy.add_lora(lora)
     prompts = policy.encode(data.DrawnTask("count").train_batch(0, 2))
     rng = torch.Generator().manual_seed(0)
     rollout = policy.sample(prompts, 4, max_new_tokens=70, temperature=1.0, generator=rng)
@@ -303,12 +307,12 @@ def test_layers_computed_again_give_the_same_gradient_with_less_memory(name, tmp
         gradients = {}
         for name, parameter in policy.model.named_parameters():
             kept.pop(parameter.untyped_storage().data_ptr(), None)
-            if parameter.grad is not None:
+            if parameter.requires_grad:
                 gradients[name] = parameter.grad.clone()
         return gradients, len(passes), sum(kept.values())
 
     gradients, passes_before, bytes_before = update()
-    recompute.recompute(policy)
+    model.recompute_layers(policy.model)
     again, passes_after, bytes_after = update()
     assert (passes_before, passes_after) == (2, 4)  # over prompts and over responses
     assert gradients.keys() == again.keys()
@@ -319,16 +323,14 @@ def test_layers_computed_again_give_the_same_gradient_with_less_memory(name, tmp
 def test_training_with_less_memory_is_the_same_training(tmp_path):
     argv = [*QUICK, *SMALL, "--steps", "2", "--warmup-steps", "0"]
     run(tmp_path / "plain", *argv)
-    load_policy = train.load_policy
-    assert recompute.main([*argv, "--out", str(tmp_path / "again")]) == 0
+    run(tmp_path / "again", *argv, "--recompute")
     assert numbers(tmp_path / "plain") == numbers(tmp_path / "again")
-    assert train.load_policy is load_policy  # train.py alone trains as before
 
 
 # ---- LoRA
 
 
-def test_lora_trains_adapters_only_and_the_readmes_lines_merge_them(tmp_path):
+def test_lora_trains_adapters_only_and_the_readmes_lines_use_them_merged(tmp_path):
     pytest.importorskip("peft", reason="pip install peft")
     argv = [*QUICK, *SMALL, "--steps", 3, "--kl-coef", 0.01, "--lr", 1e-3, "--lora", 4]
     _, steps = run(tmp_path / "lora", *argv)
@@ -338,13 +340,16 @@ def test_lora_trains_adapters_only_and_the_readmes_lines_merge_them(tmp_path):
     assert (folder / "adapter_model.safetensors").exists()
     assert not (folder / "model.safetensors").exists()
     adapted = model.load(str(folder))
-    base = model.load(model.base_of_adapters(folder))
-    names = {"checkpoint": str(folder), "merged": tmp_path / "merged"}
-    exec(code(section("Use what you trained", MORE)), names)
-    base.save(tmp_path / "whole")  # its tokenizer and image processor, with the merged weights
-    merged = tmp_path / "merged/model.safetensors"
-    merged.replace(tmp_path / "whole/model.safetensors")
-    whole = model.load(str(tmp_path / "whole"))
+    base = model.load(model.adapter_config(str(folder))["base_model_name_or_path"])
+    served = tmp_path / "served"
+    assert merge.main([str(tmp_path / "lora"), str(served)]) == 0
+    text = section("Use what you trained", MORE)
+    assert "python extras/merge.py out/my-run served" in text
+    names = {}
+    exec(code(text).replace('"served"', f'"{served}"'), names)
+    whole = model.load(str(served))
+    whole.model = names["model"]  # by transformers alone
+    assert names["tokenizer"].chat_template == adapted.tokenizer.chat_template
     examples = data.DrawnTask("count").train_batch(0, 2)
     rng = np.random.default_rng(0)
     written = adapted.as_rollout([data.demonstrate(example, 0.0, rng) for example in examples])

@@ -1,0 +1,233 @@
+"""Tests of faults around a run: found before the first step, said in one line, nothing lost.
+
+pip install pytest, then python -m pytest -q extras/test_faults.py
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import data  # noqa: E402
+import train  # noqa: E402
+from test_srpo import QUICK, SMALL, cache, complaint, jsonl, numbers, run  # noqa: E402, F401
+
+COLD = [*QUICK, *SMALL, "--warmup-steps", 0, "--eval-size", 2, "--max-new-tokens", 8]
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    """Whatever is found must be found before a model is made."""
+
+    def fail(*_):
+        raise AssertionError("a model was made")
+
+    monkeypatch.setattr(train, "prepare", fail)
+
+
+def script(tmp_path, text: str) -> str:
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    return f"{file}:f"
+
+
+# ---- found before the first step
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("return lenth(text)", "NameError, name 'lenth' is not defined"),
+        ("return None", "TypeError"),
+        ("import sys; sys.exit(0)", "SystemExit"),
+    ],
+)
+def test_a_reward_that_fails_does_so_before_the_warm_up(body, said, tmp_path, capsys, no_training):
+    place = script(tmp_path, f"def f(text, example):\n    {body}\n")
+    message = complaint(capsys, "--reward", place, "--out", tmp_path / "out")
+    assert f"--reward {place}: {said}" in message
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("return logp[:, :1]", "ValueError, weights [2, 1] for tokens [2, 3]"),
+        ("return None", "AttributeError"),
+        ("raise SystemExit(3)", "SystemExit"),
+        ("return missing", "NameError"),
+    ],
+)
+def test_weights_that_fail_do_so_before_the_warm_up(body, said, tmp_path, capsys, no_training):
+    text = f"def f(logp, logp_corrupted, logp_blank, roles, A, **_):\n    {body}\n"
+    place = script(tmp_path, text)
+    message = complaint(capsys, "--weights", place, "--out", tmp_path / "out")
+    assert f"--weights {place}: {said}" in message
+
+
+def test_adapters_without_peft_are_refused_before_the_warm_up(
+    tmp_path, capsys, monkeypatch, no_training
+):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert "pip install peft" in complaint(capsys, "--lora", 4, "--out", tmp_path / "out")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_an_image_that_is_a_pipe_is_not_waited_for(jsonl, tmp_path, capsys):  # noqa: F811
+    path = jsonl()
+    (tmp_path / "3.png").unlink()
+    os.mkfifo(tmp_path / "3.png")
+    message = complaint(capsys, "--data", path, "--out", tmp_path / "out")
+    assert "rows.jsonl:4: image 3.png cannot be read (no such file)" in message
+
+
+# ---- in the middle of a run
+
+
+def test_a_logger_that_fails_is_said_once_and_the_run_goes_on(tmp_path, capsys):
+    text = "def f(folder, options):\n    def send(numbers, step):\n        1 / 0\n    return send\n"
+    out = tmp_path / "out"
+    run(out, *COLD, "--steps", 2, "--log", script(tmp_path, text))
+    assert [record["step"] for record in numbers(out)] == [0, 1, 2, 2]
+    assert capsys.readouterr().err.count("--log: no more, ZeroDivisionError") == 1
+
+
+def test_memory_that_runs_out_does_not_blame_the_checkpoint(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    run(out, *COLD, "--steps", 1)
+    load = torch.load
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB; see fragmentation")
+
+    monkeypatch.setattr(torch, "load", fail)
+    said = complaint(capsys, "--resume", out, "--steps", 2)
+    assert "out of memory: lower --micro-batch" in said
+    assert "expandable_segments" in said
+    assert "remove" not in said
+    monkeypatch.setattr(torch, "load", load)
+    assert train.main(["--resume", str(out), "--steps", "2"]) == 0
+
+
+# ---- folders
+
+
+def test_a_run_goes_on_from_any_folder(jsonl, tmp_path, monkeypatch):  # noqa: F811
+    jsonl()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(tmp_path)
+    run(Path("out"), *COLD, "--data", "rows.jsonl", "--steps", 1)
+    monkeypatch.chdir(elsewhere)
+    assert train.main(["--resume", "../out", "--steps", "2"]) == 0
+    assert [record["step"] for record in numbers(tmp_path / "out")][-1] == 2
+
+
+def test_a_foreign_folder_is_not_one_to_go_on_with(tmp_path, capsys):
+    (tmp_path / "letter.txt").write_text("Dear reader")
+    message = complaint(capsys, "--out", tmp_path)
+    assert "not empty; give a new folder" in message
+    assert "--resume" not in message
+
+
+def test_names_of_runs_say_what_differs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def name(*argv):
+        return str(train.new_folder(train.build_parser().parse_args(argv)))
+
+    assert name() == "out/tiny-srpo-seed0"
+    assert name("--corruption", "blur", "--tau", "0.3") == (
+        "out/tiny-srpo-corruption-blur-tau-0.3-seed0"
+    )
+    assert name("--weights", "extras/readings.py:k3") == "out/tiny-srpo-weights-k3-seed0"
+    assert name("--model", "out/mine/checkpoint-000008") == "out/mine-srpo-seed0"
+    Path("out/tiny-srpo-seed0").mkdir(parents=True)
+    assert name() == "out/tiny-srpo-seed0-2"
+
+
+def test_what_killed_processes_left_is_cleared_after_a_day(tmp_path):
+    old, new = tmp_path / "a.1.tmp", tmp_path / "b.2.tmp"
+    for folder in (old, new):
+        folder.mkdir()
+    os.utime(old, (0, 0))
+    train.write_folder(tmp_path / "made", lambda folder: (folder / "x").write_text("x"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b.2.tmp", "made"]
+
+
+def test_without_a_home_the_warm_up_stays_with_the_run(tmp_path, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    assert train.cache_folder(train.Run(tmp_path)) == tmp_path
+
+
+# ---- what is printed
+
+
+def test_a_sample_comes_with_its_verdict():
+    assert train.in_words(data.Verdict(0.1, 0.0, 1.0, 1.0, 0.0, 1.0)) == "wrong"
+    assert train.in_words(data.Verdict(1.0, 1.0, 1.0)) == "right"
+    seen = data.Verdict(1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+    assert train.in_words(seen) == "right, and what it rests on was seen"
+    unseen = data.Verdict(1.0, 1.0, 1.0, 0.5, 0.0, 1.0)
+    assert train.in_words(unseen) == "right, but what it rests on was not all seen"
+
+
+def test_one_evaluation_prints_one_column(tmp_path, capsys):
+    run(tmp_path / "out", *COLD, "--steps", 0)
+    lines = capsys.readouterr().out.splitlines()
+    (accuracy,) = [line for line in lines if line.startswith("accuracy")]
+    assert len(accuracy.split()) == 2
+
+
+def piped(tmp_path, command: str, **environment) -> subprocess.CompletedProcess:
+    """A shell command in which TRAIN is a short run of train.py."""
+    options = " ".join(map(str, [*COLD, "--steps", 0, "--out", tmp_path / "out"]))
+    command = command.replace("TRAIN", f"{sys.executable} {HERE.parent / 'train.py'} {options}")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, env=env
+    )
+
+
+def test_a_summary_that_nobody_reads_is_no_error(tmp_path):
+    done = piped(tmp_path, "TRAIN | head -c 1")
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr
+    assert json.loads((tmp_path / "out/metrics.jsonl").read_text().splitlines()[0])["step"] == 0
+
+
+def test_a_terminal_without_unicode_gets_question_marks(tmp_path):
+    text = "\n".join(
+        [
+            "import sys",
+            "import train",
+            "train.data.QUESTIONS['count'] = 'How many {}? \u2713'",
+            "sys.exit(train.main(sys.argv[1:]))",
+        ]
+    )
+    (tmp_path / "unicode.py").write_text(text, encoding="utf-8")
+    options = [*map(str, COLD), "--steps", "0", "--out", str(tmp_path / "out")]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(HERE.parent)}
+    command = [sys.executable, str(tmp_path / "unicode.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "How many" in done.stdout
+    assert "? ?" in done.stdout
+
+
+def test_help_does_without_docstrings():  # transformers itself cannot load a model then
+    command = [sys.executable, "-OO", str(HERE.parent / "train.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--w-min" in done.stdout

@@ -1,0 +1,359 @@
+"""Tests of what a real model on one GPU needs: 16 bits, memory, adapters, the context, the best.
+
+pip install peft pytest
+python -m pytest -q extras/test_real_options.py
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+from test_real_models import hub_folder  # noqa: E402
+
+import data  # noqa: E402
+import model  # noqa: E402
+import train  # noqa: E402
+from test_srpo import QUICK, SMALL, cache, complaint, jsonl, numbers, run  # noqa: E402, F401
+
+COLD = ["--warmup-steps", 0, "--eval-size", 4, "--eval-every", 0, "--max-new-tokens", 32]
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A small Qwen2-VL in the layout of the hub, to which everything is to be said."""
+    folder = Path(hub_folder(tmp_path_factory.mktemp("hub"), "Qwen2VLConfig"))
+    config = json.loads((folder / "config.json").read_text())
+    del config["instruction"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapters(hub, tmp_path_factory):
+    """A checkpoint of adapters of rank 4."""
+    pytest.importorskip("peft", reason="pip install peft")
+    out = tmp_path_factory.mktemp("lora")
+    run(out, "--model", hub, *COLD, *SMALL, "--lora", 4, "--steps", 1)
+    return train.Run(out).checkpoint()
+
+
+# ---- 16 bits
+
+
+def scaler_of(scale: float) -> torch.amp.GradScaler:
+    return torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000)
+
+
+def overflowing_optimizer():
+    """An optimizer of one parameter whose gradient is infinite."""
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.grad = torch.tensor([1.0, math.inf])
+    return torch.optim.AdamW([parameter], lr=0.1, fused=True)
+
+
+def test_float16_trains_and_samples_as_it_scores(tmp_path):
+    argv = [*QUICK, *SMALL, *COLD, "--steps", 2, "--save-every", 1, "--max-new-tokens", 12]
+    _, steps = run(tmp_path / "half", *argv, "--dtype", "float16")
+    for record in steps:
+        assert record["ratio_off"] < 0.01
+        assert record["skipped"] == 0
+        assert math.isfinite(record["grad_norm"])
+    state = torch.load(train.Run(tmp_path / "half").checkpoint() / "trainer.pt", weights_only=True)
+    assert state["scaler"]["scale"] == 65536  # goes on with a resumed run
+
+
+def test_an_overflow_of_float16_leaves_the_step_out():
+    optimizer = overflowing_optimizer()
+    before = optimizer.param_groups[0]["params"][0].clone()
+    scaler = scaler_of(8.0)
+    scaler.scale(torch.ones(1))  # a scaler that was never used has no scale yet
+    scaler.unscale_(optimizer)
+    assert train.clip_gradient(optimizer, scaler, train.Run("x"), step=3) is None
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(optimizer.param_groups[0]["params"][0], before)
+    assert scaler.get_scale() == 4
+
+
+@pytest.mark.parametrize("scaler", [scaler_of(1.0), torch.amp.GradScaler("cpu", enabled=False)])
+def test_a_gradient_that_is_not_finite_at_any_scale_stops_the_run(scaler):
+    if scaler.is_enabled():
+        scaler.scale(torch.ones(1))
+    with pytest.raises(data.InputError, match="step 3: the gradient is not finite: lower --lr"):
+        train.clip_gradient(overflowing_optimizer(), scaler, train.Run("x"), step=3)
+
+
+@pytest.mark.parametrize(
+    ("device", "has_bf16", "dtype"),
+    [("cpu", True, "float32"), ("cuda", True, "bfloat16"), ("cuda:1", False, "float16")],
+)
+def test_a_real_model_computes_in_what_the_gpu_can(device, has_bf16, dtype, monkeypatch):
+    asked = []
+
+    def is_bf16_supported(including_emulation):
+        asked.append(including_emulation)
+        return has_bf16
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    args = argparse.Namespace(device=device, model="Qwen/Qwen2-VL-2B-Instruct")
+    assert train.default_dtype(args) == dtype
+    assert True not in asked
+    args.model = "tiny"
+    assert train.default_dtype(args) == "float32"
+
+
+def test_sampling_keeps_keys_and_values_in_the_dtype_of_computing(hub):
+    policy = model.load(str(hub), dtype=torch.bfloat16, max_pixels=100 * 100)
+    prompts = policy.encode(data.DrawnTask("count").train_batch(0, 2))
+    with torch.no_grad(), policy._autocast():
+        read = policy.read_prompts(prompts, torch.arange(2)).keys_and_values
+    kept = model.sampling_cache(read, torch.tensor([0, 0, 1]), 5, torch.bfloat16)
+    for layer, prompt_layer in zip(kept.layers, read.layers, strict=True):
+        assert layer.keys.dtype == layer.values.dtype == torch.bfloat16
+        length = prompt_layer.keys.shape[2]
+        assert layer.keys.shape[2] == length + 5
+        assert torch.equal(layer.keys[2, :, :length], prompt_layer.keys[1].bfloat16())
+
+
+# ---- what it takes
+
+
+def test_a_prompt_beyond_the_context_is_named_before_the_first_step(hub, jsonl, tmp_path, capsys):  # noqa: F811
+    argv = ["--model", hub, *COLD, "--data", jsonl(), "--out", tmp_path / "out"]
+    said = complaint(capsys, *argv, "--max-new-tokens", 100_000)
+    assert "rows.jsonl:1: " in said
+    assert "--max-new-tokens 100000 exceed the model's" in said
+    assert train.Run(tmp_path / "out").log() == []
+
+
+def test_the_length_of_a_prompt_is_that_of_its_tokens(hub):
+    policy = model.load(str(hub), max_pixels=100 * 100)
+    for example in data.DrawnTask("compare", size=150).train_batch(0, 3):
+        prompts = policy.encode([example])
+        visual = int((prompts.ids == policy.image_token).sum())
+        sizes = [image.size for image in example.images]
+        assert policy.prompt_length(example, sizes) == (prompts.ids.shape[1], visual)
+
+
+def test_a_real_model_says_what_it_takes(hub, tmp_path, capsys):
+    argv = ["--model", hub, *COLD, *SMALL, "--steps", 0]
+    run(tmp_path / "out", *argv)
+    said = capsys.readouterr().err
+    assert "million parameters are trained; the longest prompt has" in said
+    assert "GiB are needed, on the CPU" in said
+
+
+def test_the_estimate_of_memory_is_near_what_was_measured():
+    """Qwen2-VL-2B, one group: 506 visual tokens, 8 x 256 (extras/README.md, what fits)."""
+    text = argparse.Namespace(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28)
+
+    class Sized:
+        def __init__(self, count, trained):
+            self.count = count
+            self.requires_grad = trained
+
+        def numel(self):
+            return self.count
+
+    def needed(*options, trained, frozen):
+        args = train.build_parser().parse_args(["--model", "x", "--dtype", "bfloat16", *options])
+        args.micro_batch = 8
+        args.max_new_tokens = 256
+        args.device = "cpu"
+        net = argparse.Namespace(config=argparse.Namespace(get_text_config=lambda: text))
+        net.parameters = lambda: [Sized(trained, True), Sized(frozen, False)]
+        said = train.what_it_takes(argparse.Namespace(model=net), 540, 506, args)
+        return int(said.split("about ")[1].split(" GiB")[0])
+
+    lora = {"trained": 18_000_000, "frozen": 2_210_000_000}
+    everything = {"trained": 1_540_000_000, "frozen": 670_000_000}
+    assert needed("--lora", "16", **lora) == pytest.approx(11.2, abs=2.5)
+    assert needed("--lora", "16", "--recompute", **lora) == pytest.approx(5.6, abs=1.5)
+    assert needed("--recompute", **everything) == pytest.approx(28, abs=5)
+
+
+# ---- adapters
+
+
+def test_a_folder_of_adapters_says_its_rank_itself(adapters):
+    args = train.resolve_options(["--model", str(adapters)])
+    assert args.lora == 4
+    assert args.lr == train.REAL_LORA["lr"]
+    assert train.resolve_options(["--model", str(adapters), "--lora", "4"]).lora == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [(["--lora", 8], "have rank 4; leave it out"), (["--train-vision"], "not with adapters")],
+)
+def test_options_that_adapters_cannot_follow_are_refused(options, said, adapters, tmp_path, capsys):
+    argv = ["--model", adapters, *options, "--out", tmp_path / "out"]
+    assert said in complaint(capsys, *argv)
+
+
+def test_adapters_that_lack_weights_are_refused(adapters, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    for change in ("missing", "renamed"):
+        folder = tmp_path / change
+        folder.mkdir()
+        for file in Path(adapters).iterdir():
+            if file.is_file():
+                (folder / file.name).write_bytes(file.read_bytes())
+        weights = load_file(folder / "adapter_model.safetensors")
+        name = min(weights)
+        value = weights.pop(name)
+        if change == "renamed":
+            weights[name.replace("lora_A", "lora_C")] = value
+        save_file(weights, folder / "adapter_model.safetensors")
+        said = complaint(capsys, "--model", folder, *COLD, "--out", tmp_path / f"out-{change}")
+        assert "its adapters are not those of the model" in said
+
+
+def test_a_damaged_adapter_config_is_one_line(tmp_path, capsys):
+    (tmp_path / "adapter_config.json").write_text('{"r": 4}')
+    said = complaint(capsys, "--model", tmp_path, "--out", tmp_path / "out")
+    assert "adapter_config.json: not the configuration of adapters" in said
+
+
+# ---- evaluation
+
+
+def test_the_likeliest_tokens_are_the_same_whatever_is_drawn(hub):
+    policy = model.load(str(hub), max_pixels=100 * 100)
+    prompts = policy.encode(data.DrawnTask("count").train_batch(0, 3))
+    first, second = [
+        policy.sample(
+            prompts,
+            1,
+            max_new_tokens=6,
+            temperature=0.0,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        for seed in (0, 1)
+    ]
+    assert torch.equal(first.ids, second.ids)
+    logp = policy.log_probs(prompts, first, temperature=1.0)
+    assert torch.allclose(logp, first.logp, atol=1e-5)
+    with torch.no_grad():
+        start = policy.read_prompts(prompts, torch.arange(3)).last_state
+        likeliest = policy._log_softmax(start, 1.0).argmax(dim=1)
+    assert torch.equal(first.ids[:, 0], likeliest)
+
+
+def test_the_log_says_how_it_was_evaluated(hub, tmp_path, capsys):
+    assert train.resolve_options(["--model", str(hub)]).eval_temperature == 0
+    (evaluation,), _ = run(tmp_path / "a", "--model", hub, *COLD, *SMALL, "--steps", 0)
+    assert evaluation["eval"]["temperature"] == 0
+    assert "held-out examples, the likeliest token each time: step 0\n" in capsys.readouterr().out
+
+
+def test_the_best_policy_is_kept(tmp_path, capsys, monkeypatch):
+    accuracies = iter([0.25, 0.5, 1.0, 0.75, 1.0])
+    evaluate = train.evaluate
+
+    def scripted(*args, **kwargs):
+        record = evaluate(*args, **kwargs)
+        record["eval"]["accuracy"] = next(accuracies)
+        return record
+
+    monkeypatch.setattr(train, "evaluate", scripted)
+    out = tmp_path / "out"
+    saved = {}
+    keep_best = train.Run.keep_best
+
+    def noted(self, policy):
+        keep_best(self, policy)
+        weights = out / "best/model.safetensors"
+        saved[len(saved) + 1] = weights.stat().st_ino
+
+    monkeypatch.setattr(train.Run, "keep_best", noted)
+    run(out, *QUICK, *SMALL, *COLD, "--steps", 4, "--eval-every", 1)
+    assert saved[1] != saved[2]
+    assert saved[2] == saved[3] == saved[4]  # the first of equals
+    assert f"best accuracy, 1.000 in step 2: {out}/best" in capsys.readouterr().out
+    assert [p.name for p in out.glob("*.tmp")] == []
+    monkeypatch.undo()
+    assert train.main(["--model", str(out / "best"), *map(str, COLD), "--steps", "0"]) == 0
+
+
+def test_a_start_that_was_best_is_not_kept_again(tmp_path, monkeypatch):
+    run(tmp_path / "out", *QUICK, *SMALL, *COLD, "--steps", 1, "--lr", 1e-9)
+    assert not (tmp_path / "out/best").exists()
+
+
+# ---- a cold start
+
+
+def test_a_cold_start_says_how_many_have_the_form(hub, tmp_path, capsys):
+    argv = ["--model", hub, *COLD, *SMALL, "--steps", 0, "--warmup-steps", 2]
+    run(tmp_path / "out", *argv)
+    said = capsys.readouterr().err
+    assert "cold start, step 2: 0 of 16 sampled responses have the form" in said
+    assert "raise --warmup-steps, --warmup-lr" in said
+
+
+def test_a_cold_start_ends_when_the_form_is_learned(hub, tmp_path, capsys, monkeypatch):
+    counts = iter([3, 16])
+    monkeypatch.setattr(train, "responses_with_form", lambda *_: next(counts))
+    argv = ["--model", hub, *COLD, *SMALL, "--steps", 0, "--warmup-steps", 50]
+    run(tmp_path / "out", *argv)
+    said = capsys.readouterr().err
+    assert "cold start, step 20: 16 of 16 sampled responses have the form\n" in said
+    assert "step 30" not in said
+
+
+# ---- data
+
+
+def test_other_data_on_resume_is_refused(jsonl, tmp_path, capsys):  # noqa: F811
+    path = jsonl()
+    out = tmp_path / "out"
+    run(out, *QUICK, *SMALL, *COLD, "--data", path, "--steps", 1)
+    assert train.main(["--resume", str(out), "--steps", "2"]) == 0
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[1:], lines[0]]) + "\n")
+    said = complaint_after_notes(capsys, "--resume", out, "--steps", 3)
+    assert f"--data {path}: has changed since the run began" in said
+    assert [record["step"] for record in numbers(out)][-1] == 2
+
+
+def complaint_after_notes(capsys, *argv) -> str:
+    capsys.readouterr()
+    assert train.main([str(word) for word in argv]) == 2
+    return capsys.readouterr().err
+
+
+def test_the_system_text_begins_the_chat(hub, jsonl):  # noqa: F811
+    rows = [{"image": f"{i}.png", "question": "q?", "answer": 1} for i in range(3)]
+    rows[1]["system"] = "Be brief."
+    task = data.OwnTask(jsonl(lines=[json.dumps(row) for row in rows]), system="Be kind.")
+    examples = {example.source[-1]: example for example, _ in task.prompts()}
+    assert examples["1"].system == examples["3"].system == "Be kind."
+    assert examples["2"].system == "Be brief."
+    policy = model.load(str(hub))
+    ids = policy._tokenize(examples["2"], torch.tensor([[1, 4, 4]])).tolist()
+    text = policy.tokenizer.decode(ids)
+    assert text.index("Be brief.") < text.index("q?")
+
+
+def test_demonstrations_of_held_out_images_are_not_imitated(jsonl, tmp_path):  # noqa: F811
+    form = data.respond("a", "b", "1")
+    rows = [{"image": f"{i}.png", "question": "q?", "answer": 1} for i in range(10)]
+    task = data.OwnTask(jsonl(lines=[json.dumps(row) for row in rows]))
+    held_out = {Path(names[0]).name for names, _ in task._eval}
+    shown = [{**row, "response": form} for row in rows]
+    path = tmp_path / "demonstrations.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in shown) + "\n")
+    demonstrations = data.OwnTask(path, held_out=task.held_out)
+    imitated = {Path(names[0]).name for names, _ in demonstrations._train}
+    assert len(held_out) == 1
+    assert imitated == {f"{i}.png" for i in range(10)} - held_out
