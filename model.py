@@ -161,7 +161,7 @@ class Policy:
         for size in sizes:
             width, height = self._fitted(size)
             grids.append([1, height // self.patch, width // self.patch])
-        ids = self._tokenize(example, torch.tensor(grids))
+        (ids,) = self._tokenize([example], [torch.tensor(grids)])
         return len(ids), int((ids == self.image_token).sum())
 
     def encode(self, examples: list[Example]) -> Prompts:
@@ -170,8 +170,7 @@ class Policy:
         out = self.image_processor(images=images, do_resize=False, return_tensors="pt")
         grids = out["image_grid_thw"].split([len(example.images) for example in examples])
         pixels = out["pixel_values"].split([int(grid.prod(1).sum()) for grid in grids])
-        rows = [self._tokenize(e, grid) for e, grid in zip(examples, grids, strict=True)]
-        ids, mask = self._pad(rows, side="left")
+        ids, mask = self._pad(self._tokenize(examples, grids), side="left")
         positions, _ = self.model.model.get_rope_index(
             input_ids=ids,
             mm_token_type_ids=(ids == self.image_token).int(),
@@ -189,13 +188,29 @@ class Policy:
         mask = pad_sequence([torch.ones_like(row) for row in rows], True, padding_side=side)
         return ids, mask
 
-    def _tokenize(self, example: Example, grid: Tensor) -> Tensor:
-        """[images, 3] -> token ids of one prompt, with a placeholder for each visual token."""
+    def _tokenize(self, examples: list[Example], grids: list[Tensor]) -> list[Tensor]:
+        """Token ids of each prompt, with a placeholder for each visual token of its [images, 3]."""
+        texts = [self._chat(e, len(grid)) for e, grid in zip(examples, grids, strict=True)]
+        rows = []
+        encoded = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        for ids, example, grid in zip(encoded, examples, grids, strict=True):
+            if ids.count(self.image_token) != len(grid):
+                placeholder = self.tokenizer.convert_ids_to_tokens(self.image_token)
+                source = example.source or "question"
+                raise InputError(f"{source}: take {placeholder} out of the text")
+            ids = torch.tensor(ids)
+            times = torch.ones_like(ids)
+            times[ids == self.image_token] = grid.prod(1) // self.image_processor.merge_size**2
+            rows.append(ids.repeat_interleave(times))
+        return rows
+
+    def _chat(self, example: Example, n_images: int) -> str:
+        """The prompt as text, up to where the response begins."""
         question = example.question
         if self.instruction:
             parts = [example.question, example.hint, self.instruction]
             question = "\n".join(part for part in parts if part)
-        chat = [{"role": "user", "content": chat_content(question, len(grid))}]
+        chat = [{"role": "user", "content": chat_content(question, n_images)}]
         if example.system:
             said = {"type": "text", "text": example.system}
             chat.insert(0, {"role": "system", "content": [said]})
@@ -203,15 +218,7 @@ class Policy:
         text = self.tokenizer.apply_chat_template(chat, tokenize=False, **options)
         if text.rstrip().endswith("<think>"):  # opened whatever was asked: it would eat the tags
             text += "</think>\n\n"
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if ids.count(self.image_token) != len(grid):
-            placeholder = self.tokenizer.convert_ids_to_tokens(self.image_token)
-            raise InputError(f"{example.source or 'question'}: take {placeholder} out of the text")
-        visual_tokens = grid.prod(1) // self.image_processor.merge_size**2  # [images]
-        ids = torch.tensor(ids)
-        times = torch.ones_like(ids)
-        times[ids == self.image_token] = visual_tokens
-        return ids.repeat_interleave(times)
+        return text
 
     def decode(self, rollout: Rollout) -> list[tuple[str, list[tuple[int, int]]]]:
         """Text of each response without EOS, and the characters that each of its tokens touches."""

@@ -340,7 +340,7 @@ def test_the_system_text_begins_the_chat(hub, jsonl):  # noqa: F811
     assert examples["1"].system == examples["3"].system == "Be kind."
     assert examples["2"].system == "Be brief."
     policy = model.load(str(hub))
-    ids = policy._tokenize(examples["2"], torch.tensor([[1, 4, 4]])).tolist()
+    (ids,) = policy._tokenize([examples["2"]], [torch.tensor([[1, 4, 4]])])
     text = policy.tokenizer.decode(ids)
     assert text.index("Be brief.") < text.index("q?")
 
