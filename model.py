@@ -258,6 +258,9 @@ class Policy:
         positions = self._response_positions(prompts, prompt, torch.ones_like(mask))  # [3, B, T]
         alive = torch.ones(B, dtype=torch.bool, device=self.device)
         eos = torch.tensor(self.eos, device=self.device)
+        threads = torch.get_num_threads()
+        if B * self.model.config.get_text_config().hidden_size < 2**13:
+            torch.set_num_threads(1)  # sharing products so small costs more than it gains
         with self._autocast():  # around all of it, so that weights are cast once
             prompt_cache = self.read_prompts(prompts, torch.arange(N, device=self.device))
             cache = sampling_cache(prompt_cache.keys_and_values, prompt, max_new_tokens, self.dtype)
@@ -285,6 +288,7 @@ class Policy:
                     past_key_values=cache,
                 )
                 state = out.last_hidden_state[:, -1]
+        torch.set_num_threads(threads)
         if not logp.isfinite().all():
             problem = "the policy has diverged: its log-probs are not finite"
             raise InputError(f"{problem}; start with a lower --lr")

@@ -466,7 +466,7 @@ def load_function(option: str, place: str):
 
 def prepare(args, run: "Run", task):
     """Policy, reference (or None), optimizer, and the scaler of float16 gradients."""
-    if model.is_tiny(args.model):
+    if args.model == "tiny":
         torch.set_num_threads(1)  # sharing products so small costs more than it gains
         if args.data:
             said = "note: --model is tiny, which knows the words of drawn tasks alone"
