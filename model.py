@@ -66,6 +66,7 @@ from data import (
 from srpo import text_and_offsets, token_bytes
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
+LOGITS_AT_A_TIME = 2**25  # 128 MiB in float32
 
 
 @dataclass
@@ -139,7 +140,7 @@ class Policy:
         placeholders = {self.image_token, model.config.video_token_id}
         forbidden = sorted(placeholders | set(range(len(tokenizer), vocabulary)))
         self.forbidden = torch.tensor(forbidden, device=self.device)
-        self.logit_chunk = max(1, 2**25 // vocabulary)  # positions whose logits exist at one time
+        self.logit_chunk = max(1, LOGITS_AT_A_TIME // vocabulary)  # response positions
         added = tokenizer.get_added_vocab()
         self.bytes_of = {}
         for word, index in tokenizer.get_vocab().items():

@@ -110,8 +110,9 @@ def without_perception(attention_mask: Tensor, roles: Tensor) -> Tensor:
     """The empty perception of step 3: the attention mask of a response without the perception text.
 
     Everything from the first to the last perception token is hidden, white space too: its amount
-    tells what was seen. Count position ids over the result; then no later token of an attention
-    model can tell hidden tokens from removed ones. A recurrent model needs them removed.
+    tells what was seen. So is the whole of a token that shares text with the tag behind it. Count
+    position ids over the result; then no later token of an attention model can tell hidden tokens
+    from removed ones. A recurrent model needs them removed.
 
     Args:
         attention_mask: [B, T], 1 where a response token may be attended to.
@@ -127,27 +128,27 @@ def without_perception(attention_mask: Tensor, roles: Tensor) -> Tensor:
     return attention_mask.masked_fill(at_or_after_first & at_or_before_last, 0)
 
 
-def shared_baseline(scores: Tensor, roles: Tensor) -> Tensor:
+def shared_baseline(delta: Tensor, roles: Tensor) -> Tensor:
     """Step 5, the trajectory's baseline b: the mean contrast over both roles together.
 
     Args:
-        scores: delta, [B, T].
+        delta: [B, T], the contrasts.
         roles: [B, T] of `Role` values.
     Returns:
         b, [B, 1] float32 or better; 0 for a response without scored tokens.
     Raises ValueError where the shapes differ.
     """
-    _check_same_shape(scores=scores, roles=roles)
-    return _mean_over(_at_least_float32(scores), roles != Role.OTHER)  # [B, 1], step 5
+    _check_same_shape(delta=delta, roles=roles)
+    return _mean_over(_at_least_float32(delta), roles != Role.OTHER)  # [B, 1], step 5
 
 
 def token_weights(
-    scores: Tensor, roles: Tensor, *, tau: float = 1.0, w_min: float = 0.8, w_max: float = 1.2
+    delta: Tensor, roles: Tensor, *, tau: float = 1.0, w_min: float = 0.8, w_max: float = 1.2
 ) -> Tensor:
     """Steps 5, 6 and 9, the positive token weights w. Without gradient.
 
     Args:
-        scores: delta, [B, T].
+        delta: [B, T], the contrasts.
         roles: [B, T] of `Role` values.
         tau: temperature in nats; the larger, the closer every weight is to 1.
         w_min, w_max: limits of a weight before normalizing, by default those of RLSD (arXiv
@@ -158,11 +159,11 @@ def token_weights(
         lacks perception or reasoning tokens or has a contrast that is not finite (step 9).
     Raises ValueError: the shapes differ, tau <= 0, or not 0 < w_min <= w_max.
     """
-    _check_same_shape(scores=scores, roles=roles)
+    _check_same_shape(delta=delta, roles=roles)
     if not (tau > 0 and 0 < w_min <= w_max):
         limits = f"tau={tau}, w_min={w_min}, w_max={w_max}"
         raise ValueError(f"need tau > 0 and 0 < w_min <= w_max, got {limits}")
-    delta = _at_least_float32(scores.detach())
+    delta = _at_least_float32(delta.detach())
     P = roles == Role.PERCEPTION  # [B, T]
     R = roles == Role.REASONING  # [B, T]
     S = P | R  # [B, T], the scored positions

@@ -91,6 +91,7 @@ def train(args: argparse.Namespace, run: "Run") -> None:
         rng = generator(args, step)
         rollout = policy.sample(prompts, args.group_size, generator=rng, **limits)
         lengths = rollout.mask.sum(dim=1)  # [B], EOS included, padding excluded
+        n_tokens = lengths.sum()  # of all responses, also those that are left out below
         clock.append(time.perf_counter())
 
         # 2. Verify: a reward for each response, compared within its group.
@@ -120,8 +121,9 @@ def train(args: argparse.Namespace, run: "Run") -> None:
 
         # 4. Weigh the tokens of each response: here SRPO leaves GRPO, which gives them all A.
         if args.algo == "srpo":
-            logps = (rollout.logp, logp_corrupted, logp_blank)
-            w = weigh(*logps, roles, A, **weighing(args, rollout, step))  # steps 2 to 6, and 9
+            options = weight_options(args, rollout, step)
+            # Steps 2 to 6, and 9: `srpo_weights`, or what --weights puts in its place.
+            w = weigh(rollout.logp, logp_corrupted, logp_blank, roles, A, **options)
             A_hat = role_aware_advantages(A, w, args.lam)  # [B, T], step 7
         else:
             w = torch.ones_like(rollout.logp)
@@ -141,10 +143,11 @@ def train(args: argparse.Namespace, run: "Run") -> None:
                     # Nothing has been updated yet. `rollout.logp` is the same but for rounding,
                     # as it was computed a token at a time; with this the first ratio is 1.
                     old_logp[rows] = logp.detach()
-                batch = (logp, old_logp[rows], A_hat[rows], mask[rows])
-                loss, stats = policy_loss(*batch, **clip, denominator=lengths.sum())  # step 8
+                loss, stats = policy_loss(
+                    logp, old_logp[rows], A_hat[rows], mask[rows], denominator=n_tokens, **clip
+                )  # step 8
                 if args.kl_coef > 0:
-                    share = mask[rows].sum() / lengths.sum()
+                    share = mask[rows].sum() / n_tokens
                     stats["kl"] = share * kl_to_reference(logp, ref_logp[rows], mask[rows])
                     loss = loss + args.kl_coef * stats["kl"]
                 scaler.scale(loss).backward()  # the scaler acts in float16 alone
@@ -207,8 +210,9 @@ def corrupted_copies(examples: list, policy, args, step: int) -> list:
     how = {"kind": args.corruption, "p": args.corruption_p, "patch": policy.patch}
     copies = []
     for i, example in enumerate(examples):
-        images = [policy.fit(image) for image in example.images]
-        images = [corrupt(image, seed=(args.seed, step, i), **how) for image in images]
+        images = []
+        for k, image in enumerate(example.images):
+            images.append(corrupt(policy.fit(image), seed=(args.seed, step, i, k), **how))
         copies.append(replace(example, images=tuple(images)))
     return copies
 
@@ -249,7 +253,7 @@ def srpo_weights(logp, logp_corrupted, logp_blank, roles, A, *, tau, w_min, w_ma
     return token_weights(delta, roles, tau=tau, w_min=w_min, w_max=w_max)  # step 5, step 6, step 9
 
 
-def weighing(args, rollout, step: int) -> dict:
+def weight_options(args, rollout, step: int) -> dict:
     """What a function of the weights gets by keyword."""
     progress = min(1.0, (step - 1) / max(1, args.steps - 1))  # a report may ask beyond the run
     limits = {"tau": args.tau, "w_min": args.w_min, "w_max": args.w_max}
@@ -946,6 +950,8 @@ def resolve_options(argv: list[str]) -> argparse.Namespace:
         raise InputError(f"--w-min {args.w_min}: above --w-max {args.w_max}")
     if args.eval_all and args.steps > 0:
         raise InputError("--eval-all: leaves no rows to train on; give --steps 0, too")
+    if args.weights and args.algo == "grpo":
+        raise InputError("--weights: not with --algo grpo, which weighs nothing")
     if args.lora and args.train_vision:
         raise InputError("--train-vision: not with adapters, which keep the vision tower frozen")
     if args.lora:

@@ -91,7 +91,7 @@ def weights(batch: Batch, logp_corrupted: Tensor, logp_blank: Tensor, args, step
     """w [B, T], SRPO's or those of --weights."""
     weigh = train.build_weigh(args)
     logps = (batch.rollout.logp, logp_corrupted, logp_blank)
-    return weigh(*logps, batch.roles, batch.A, **train.weighing(args, batch.rollout, step))
+    return weigh(*logps, batch.roles, batch.A, **train.weight_options(args, batch.rollout, step))
 
 
 def credit(policy: model.Policy, batch: Batch, args, step: int) -> Credit:
@@ -144,3 +144,11 @@ def read_options(folder: Path) -> dict:
 def warmed_up(args) -> model.Policy:
     """The tiny model after its warm-up, which is made once and kept."""
     return train.load_policy(args, train.warmed_up(args, train.Run("."), train.drawn_task(args)))
+
+
+if __name__ == "__main__":
+    print(
+        "error: no script: extras/report.py shows it, extras/contrast.py measures it",
+        file=sys.stderr,
+    )
+    sys.exit(2)
