@@ -5,9 +5,7 @@ import json
 import math
 import re
 
-import matplotlib
-import pictures  # its settings, and its message where matplotlib is missing
-from matplotlib.figure import Figure
+from pictures import Figure, matplotlib  # its settings; it says so where matplotlib is missing
 
 EVALS = ("accuracy", "grounded", "wrong reason", "perception", "consistent")
 STEPS = ("reward", "w_perception", "w_reasoning", "entropy", "length", "grad_norm")
@@ -85,9 +83,11 @@ def draw_curves(axes, labelled: dict[str, list[dict]], name: str) -> list:
         if points:
             steps, means, lows, highs = zip(*points, strict=True)
             color = COLORS[i % len(COLORS)]
-            axes.fill_between(steps, lows, highs, color=color, alpha=0.15, lw=0)
+            axes.fill_between(steps, lows, highs, color=color, alpha=0.12, lw=0)
             named = f"{label} ({count(runs)})"
-            style = {"color": color, "ls": DASHES[i % len(DASHES)], "lw": 2, "marker": "."}
+            style = {"color": color, "ls": DASHES[i % len(DASHES)], "lw": 2}
+            if len(steps) < 15:
+                style["marker"] = "."
             lines += axes.plot(steps, means, label=named.replace("$", r"\$"), **style)
     axes.set_title(name, loc="left", fontweight="bold", fontsize=10.5)
     axes.grid(axis="y", color="#dddddd")
@@ -107,7 +107,7 @@ def figure_of(labelled: dict[str, list[dict]], names, columns: int = 3) -> Figur
     runs = sum(labelled.values(), [])
     names = [name for name in names if has_metric(runs, name)]
     rows = max(1, math.ceil(len(names) / columns))
-    height = 2.5 * rows + 0.35 + 0.22 * len(labelled)
+    height = 2.5 * rows + 0.35 + 0.22 * math.ceil(len(labelled) / 2)
     figure = Figure((9.4, height), dpi=100, layout="constrained")
     all_axes = figure.subplots(rows, columns, squeeze=False).flatten()
     lines = {}
@@ -117,7 +117,7 @@ def figure_of(labelled: dict[str, list[dict]], names, columns: int = 3) -> Figur
             lines[line.get_label()] = line
     for axes in all_axes[len(names) :]:
         axes.remove()
-    figure.legend(handles=lines.values(), loc="outside lower left", frameon=False)
+    figure.legend(handles=lines.values(), loc="outside lower left", ncols=2, frameon=False)
     return figure
 
 

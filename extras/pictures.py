@@ -70,7 +70,10 @@ def token_texts(text: str, offsets, count: int) -> list[str]:
 
 def readable(text: str) -> str:
     """A token's text without white space around it; a dot where nothing else is left."""
-    return text.strip() or "·"
+    shown = text.strip()
+    if shown == "":
+        shown = "·"
+    return shown
 
 
 def place_tokens(tokens: list[Token], columns: int) -> list[tuple[Token, int, float]]:
@@ -159,7 +162,8 @@ def token_picture(tokens: list[Token], title: str = "", columns: int = 96) -> Fi
     axes = draw_tokens(figure, tokens, columns, 0, top)
     if title:
         axes.text(0, -0.12, title, fontsize=SIZE, va="center", parse_math=False)
-        role_legend(axes)
+        if any(token.role != Role.OTHER for token in tokens):
+            role_legend(axes)
     return figure
 
 
@@ -234,7 +238,8 @@ def two_contexts(texts, roles, logp, other, title: str = "") -> Figure:
     axes.set_ylabel("log-prob, nats")
     axes.margins(x=0.01)
     axes.grid(axis="y", color="#dddddd")
-    axes.legend(frameon=False, loc="lower right", ncols=2)
+    where = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2}
+    axes.legend(frameon=False, ncols=2, **where)
     axes.set_title(title, loc="left", fontsize=10, parse_math=False)
     label_tokens(axes, texts, colors)
     return figure
@@ -244,7 +249,7 @@ def two_contexts(texts, roles, logp, other, title: str = "") -> Figure:
 
 
 def histogram(values: dict[Role, list[float]], limits: tuple[float, float], xlabel: str) -> Figure:
-    """How the numbers of each role lie to the limits; those beyond the axis are in its last bars."""
+    """How the numbers of each role lie to the limits; the last bars hold what is beyond them."""
     figure = Figure((8.2, 2.8), dpi=100, layout="constrained")
     axes = figure.subplots()
     edges = [-4 + 0.2 * i for i in range(41)]
@@ -261,20 +266,48 @@ def histogram(values: dict[Role, list[float]], limits: tuple[float, float], xlab
     return figure
 
 
-def intervals(rows: list[tuple], xlabel: str, lines=(0.0,), height: float = 0.27) -> Figure:
-    """One line a row, (label, low, middle, high, color), from top to bottom."""
+def intervals(rows: list[tuple], xlabel: str, limits=None, height: float = 0.27) -> Figure:
+    """A line a row, (label, low, middle, high, color), from top to bottom.
+
+    With `limits`, rows that lie outside them are written as numbers at the edge.
+    """
     figure = Figure((8.2, 0.8 + height * len(rows)), dpi=100, layout="constrained")
     axes = figure.subplots()
-    for x in lines:
-        axes.axvline(x, color="black", lw=0.8, ls="--")
+    axes.axvline(0, color="black", lw=0.8, ls="--")
     for y, (_, low, middle, high, color) in enumerate(rows):
-        axes.plot([low, high], [y, y], color=color, lw=2.5, solid_capstyle="butt")
-        axes.plot([middle], [y], "o", color=color, ms=5)
+        if limits is not None and middle < limits[0]:
+            said = f"← {middle:.2f} [{low:.2f}, {high:.2f}]"
+            axes.annotate(said, (0.01, y), xycoords=("axes fraction", "data"), va="center")
+        else:
+            axes.plot([low, high], [y, y], color=color, lw=2.5, solid_capstyle="butt")
+            axes.plot([middle], [y], "o", color=color, ms=5)
     labels = [row[0] for row in rows]
     axes.set_yticks(range(len(rows)), labels)
     axes.set_ylim(len(rows) - 0.4, -0.6)
+    if limits is not None:
+        axes.set_xlim(*limits)
     axes.set_xlabel(xlabel)
     axes.grid(axis="x", color="#dddddd")
+    return figure
+
+
+def surrogate(weights, clip: float) -> Figure:
+    """Step 8 for one token: the objective over the ratio, for A = 1 and for A = -1."""
+    figure = Figure((8.4, 2.8), dpi=100, layout="constrained")
+    ratios = [0.5 + 0.01 * i for i in range(101)]
+    styles = (":", "-", "--")
+    for axes, A in zip(figure.subplots(1, 2), (1.0, -1.0), strict=True):
+        for weight, style in zip(weights, styles, strict=True):
+            objective = []
+            for ratio in ratios:
+                clipped = min(1 + clip, max(1 - clip, ratio))
+                objective.append(min(ratio * A * weight, clipped * A * weight))
+            axes.plot(ratios, objective, color="black", ls=style, label=f"w = {weight}")
+        axes.axvspan(1 - clip, 1 + clip, color="black", alpha=0.08, lw=0)
+        axes.set_title(f"A = {A:+.0f}", loc="left")
+        axes.set_xlabel("ratio")
+        axes.set_ylabel("objective of a token")
+        axes.legend(frameon=False)
     return figure
 
 
@@ -300,14 +333,22 @@ def image_table(rows: list[tuple], heads: list[str]) -> Figure:
     return figure
 
 
-def grid_over_image(axes, image, side: int, texts) -> None:
-    """The image, squares of `side` pixels over it, and a text in each, row by row."""
-    axes.imshow(image, interpolation="nearest")
-    axes.set_axis_off()
-    for y, row in enumerate(texts):
-        for x, text in enumerate(row):
-            corner = (x * side - 0.5, y * side - 0.5)
-            axes.add_patch(Rectangle(corner, side, side, fill=False, color="black", lw=1.5))
-            box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
-            middle = ((x + 0.5) * side - 0.5, (y + 0.5) * side - 0.5)
-            axes.text(*middle, text, ha="center", va="center", bbox=box)
+def image_grids(panels: list[tuple], side: int) -> Figure:
+    """Images side by side, each (title, image, texts), with squares of `side` pixels over them.
+
+    `texts` has rows of a text for each square.
+    """
+    figure = Figure((3.1 * len(panels), 3.1), dpi=100, layout="constrained")
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, image, texts) in zip(all_axes, panels, strict=True):
+        axes.imshow(image, interpolation="nearest")
+        axes.set_axis_off()
+        axes.set_title(title, fontsize=10)
+        for y, row in enumerate(texts):
+            for x, text in enumerate(row):
+                left = x * side - 0.5
+                top = y * side - 0.5
+                axes.add_patch(Rectangle((left, top), side, side, fill=False, lw=1.5))
+                box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+                axes.text(left + 1, top + 1, text, ha="left", va="top", bbox=box)
+    return figure

@@ -34,16 +34,27 @@ def iqm(*strata, axis=-1):
     return trim_mean(np.concatenate(strata, axis=axis), 0.25, axis=axis)
 
 
-def interval(strata: list[np.ndarray], statistic=iqm) -> str:
-    """Statistic and its 95 % percentile interval; seeds are drawn again within each stratum."""
+def has_spread(strata: list[np.ndarray]) -> bool:
+    """Whether drawing the seeds again says anything."""
+    return min(len(x) for x in strata) > 1 and any(np.ptp(x) > 0 for x in strata)
+
+
+def bounds(strata: list[np.ndarray], statistic=iqm) -> tuple[float, float]:
+    """The 95 % percentile interval; seeds are drawn again within each stratum."""
     from scipy.stats import bootstrap
 
-    value = float(statistic(*strata))
-    if min(len(x) for x in strata) < 2 or all(np.ptp(x) == 0 for x in strata):
-        return f"{value:.3f}"
     rng = np.random.default_rng(0)
     options = {"n_resamples": 2000, "method": "percentile", "rng": rng, "vectorized": True}
     low, high = bootstrap(strata, statistic, **options).confidence_interval
+    return float(low), float(high)
+
+
+def interval(strata: list[np.ndarray], statistic=iqm) -> str:
+    """Statistic and its interval, as text."""
+    value = float(statistic(*strata))
+    if not has_spread(strata):
+        return f"{value:.3f}"
+    low, high = bounds(strata, statistic)
     return f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
@@ -112,6 +123,19 @@ class Part:
             columns.append(np.array(values))
         return columns
 
+    def shared(self, condition: str) -> list[list[int]]:
+        """Of each task, the seeds that a condition has in common with GRPO."""
+        both = []
+        for ours, theirs in zip(self.seeds[condition], self.seeds["grpo"], strict=True):
+            both.append(sorted(set(ours) & set(theirs)))
+        return both
+
+    def differences(self, condition: str, name: str) -> list[np.ndarray]:
+        """An outcome of a condition minus GRPO's, paired by seed, by task."""
+        xs = self.column(condition, name, self.shared(condition))
+        ys = self.column("grpo", name, self.shared(condition))
+        return [x - y for x, y in zip(xs, ys, strict=True)]
+
     def runs(self, condition: str) -> int:
         return sum(len(seeds) for seeds in self.seeds[condition])
 
@@ -144,17 +168,15 @@ def differences(part: Part) -> list[str]:
     cells = {}
     p = {name: [] for name in TESTED}
     for condition in part.others:
-        both = []
-        for ours, theirs in zip(part.seeds[condition], part.seeds["grpo"], strict=True):
-            both.append(sorted(set(ours) & set(theirs)))
+        both = part.shared(condition)
         row = [str(sum(len(seeds) for seeds in both))]
         chances = []
         for name in COMPARED:
-            xs = part.column(condition, name, both)
-            ys = part.column("grpo", name, both)
-            apart = [x - y for x, y in zip(xs, ys, strict=True)]
+            apart = part.differences(condition, name)
             row.append(interval(apart))
             if name in TESTED:
+                xs = part.column(condition, name, both)
+                ys = part.column("grpo", name, both)
                 chances.append(chance(xs, ys))
                 p[name].append(signed_rank(np.concatenate(apart)))
         cells[condition] = row + chances

@@ -1,4 +1,4 @@
-"""Tests of the report, the credit it shows, the contrast figures and the bench.
+"""Tests of the credit of tokens, the contrast figures and the bench.
 
 pip install pytest, then python -m pytest -q extras/test_extras.py
 """
@@ -8,207 +8,21 @@ import json
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import bench  # noqa: E402
-import charts  # noqa: E402
 import contrast  # noqa: E402
 import credit  # noqa: E402
-import report  # noqa: E402
 
-import data  # noqa: E402
 import train  # noqa: E402
 from data import Example, Fact, Query  # noqa: E402
-
-EVIL = '<script>alert("x")</script>'
-
-# ---- report
-
-
-def make_run(folder: Path, seed: int, accuracy: float, text: str = "ab", name: str = "a") -> Path:
-    """Files of a run of train.py, and beside them a group with one response of two tokens, EOS."""
-    run = folder / f"{name}-seed{seed}"
-    run.mkdir()
-    options = {"algo": "srpo", "seed": seed, "argv": ["--seed", str(seed)], "tau": 1.0}
-    (run / "args.json").write_text(json.dumps(options))
-    scores = {"accuracy": accuracy, "grounded": accuracy / 2, "perception": 0.5, "consistent": 1.0}
-    step = {"step": 1, "reward": 0.5, "w_perception": 1.2}
-    records = [{"step": 0, "eval": scores}, step, {"step": 2, "eval": scores}]
-    lines = [json.dumps(record) + "\n" for record in records]
-    (run / "metrics.jsonl").write_text("".join(lines))
-    response = {
-        "text": text,
-        "offsets": [[0, 1], [1, len(text)]],
-        "roles": [1, 2, 0],
-        "delta": [1.5, -0.25, 0.0],
-        "weights": [1.75, 0.5, 1.0],
-        "advantages": [1.4, 0.4, 0.8],
-        "advantage": 0.8,
-        "baseline": 0.625,
-        "reward": 1.0,
-        "accuracy": 1.0,
-        "format": 1.0,
-        "grounded": 0.0,
-    }
-    picture = report.png(Image.new("RGB", (4, 4), "red"))
-    group = {
-        "step": 1,
-        "question": EVIL,
-        "answer": EVIL,
-        "images": [picture],
-        "corrupted": [picture],
-        "responses": [response],
-    }
-    (run / "groups.json").write_text(json.dumps([group]))
-    return run
-
-
-class Reader(HTMLParser):
-    """Tags, attributes and text as a browser would take them."""
-
-    def __init__(self, page: str):
-        super().__init__()
-        self.tags = []
-        self.text = ""
-        self.feed(page)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_data(self, text):
-        self.text += text
-
-    def values(self, attribute: str) -> list[str]:
-        return [found[attribute] for _, found in self.tags if attribute in found]
-
-
-@pytest.fixture
-def files(tmp_path):
-    """Where page, picture and curves go, and the command line that says so."""
-    page, png, svg = [tmp_path / f"report.{end}" for end in ("html", "png", "svg")]
-    return page, png, svg, ["--out", str(page), "--png", str(png), "--svg", str(svg)]
-
-
-def test_report_shows_everything_and_runs_nothing(tmp_path, files, capsys, monkeypatch):
-    def kept_groups(run):
-        return json.loads((run / "groups.json").read_text())
-
-    monkeypatch.setattr(report, "sample_groups", kept_groups)
-    runs = [make_run(tmp_path, seed, 0.5 + 0.1 * seed, text="a" + EVIL) for seed in range(3)]
-    runs.append(make_run(tmp_path, 0, 0.9, name="b" + "&<i>"))
-    page, png, svg, options = files
-    assert report.main([*map(str, runs), *options]) == 0
-    shown = Reader(page.read_text(encoding="utf-8"))
-    assert not {"script", "i"} & {tag for tag, _ in shown.tags}
-    assert shown.text.count(EVIL) == 3 + 2  # question and answer for each name, and a response
-    sources = shown.values("src")
-    assert len(sources) == 4
-    assert all(source.startswith("data:image/png;base64,") for source in sources)
-    assert shown.values("href") == []
-    assert shown.values("data-tip")[:3] == [
-        "Perception: w 1.75, Â +1.40, Δ +1.50",
-        "Reasoning: w 0.50, Â +0.40, Δ -0.25",
-        "Other: w 1.00, Â +0.80",
-    ]
-    assert "right for the wrong reason" in shown.text
-    assert "reward 1.00, A +0.80, b +0.62" in shown.text
-    assert "a (3 runs)" in shown.text
-    assert "b&<i> (1 run)" in shown.text
-    assert Image.open(png).size[0] > 500
-    assert svg.read_text().startswith("<svg xmlns=")
-    assert "NaN" not in svg.read_text()
-
-
-@pytest.mark.parametrize("options", [None, "", "[1]"])
-def test_a_folder_that_is_not_of_a_run_is_named(options, tmp_path, capsys):
-    if options is not None:
-        (tmp_path / "args.json").write_text(options)
-    assert report.main([str(tmp_path)]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: {tmp_path}: not the folder of a run")
-    assert said.count("\n") == 1
-
-
-def test_damaged_records_are_named(tmp_path, capsys):
-    run = make_run(tmp_path, 0, 0.5)
-    (run / "metrics.jsonl").write_text("{\n")
-    assert report.main([str(run)]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: {run}: its metrics.jsonl is damaged")
-    assert said.count("\n") == 1
-
-
-def test_without_a_checkpoint_there_are_curves_and_a_line_that_says_so(tmp_path, files, capsys):
-    run = make_run(tmp_path, 0, 0.5, name="b&<i>")
-    page, _, _, options = files
-    assert report.main([str(run), "--out", str(page)]) == 0
-    shown = Reader(page.read_text(encoding="utf-8"))
-    tags = {tag for tag, _ in shown.tags}
-    assert "polyline" in tags
-    assert not {"img", "i"} & tags
-    assert f"No responses: {run}: holds no checkpoint" in shown.text
-    capsys.readouterr()
-    assert report.main([str(run), *options]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: {run}: holds no checkpoint")
-    assert said.count("\n") == 1
-
-
-def test_a_run_of_an_earlier_version_says_so(tmp_path):
-    run = make_run(tmp_path, 0, 0.5)
-    (run / "checkpoint-000002").mkdir()
-    with pytest.raises(data.InputError, match="earlier version"):
-        credit.finished(run)
-
-
-@pytest.mark.parametrize("algo", ["srpo", "grpo"])
-def test_report_of_a_real_run(cache, tmp_path, files, algo):
-    (tmp_path / "my.py").write_text("def reward(text, example): return len(text) % 7\n")
-    run = tmp_path / f"mine-{algo}"
-    argv = "--warmup-steps 20 --steps 2 --prompts 2 --group-size 4 --eval-size 4 --algo".split()
-    argv += [algo, "--reward", f"{tmp_path / 'my.py'}:reward", "--out", str(run)]
-    assert train.main(argv) == 0
-    page, png, svg, options = files
-    assert report.main([str(run), *options]) == 0
-    shown = Reader(page.read_text(encoding="utf-8"))
-    captions = shown.values("alt")
-    assert captions.count("original image") == 2
-    assert captions.count("corrupted image") == {"srpo": 2, "grpo": 0}[algo]
-    question = data.DrawnTask("count", size=48).train_batch(2, 1)[0].question
-    assert f"step 2: {question}" in shown.text  # what would come next
-    assert "EOS" in shown.text
-    assert shown.values("class").count("r") == 2 * 4
-    assert Image.open(png).size[0] > 500
-    assert "polyline" in svg.read_text()
-
-
-def test_bands_are_over_seeds(tmp_path):
-    accuracies = (0.4, 0.5, 0.6)
-    runs = [report.read_run(make_run(tmp_path, seed, x)) for seed, x in enumerate(accuracies)]
-    step, mean, low, high = charts.curve(runs, "accuracy")[0]
-    assert step == 0
-    assert mean == pytest.approx(0.5)
-    assert high - mean == pytest.approx(1.96 * 0.1 / 3**0.5)
-    assert mean - low == pytest.approx(high - mean)
-    wrong_reason = [point[1] for point in charts.curve(runs, "wrong reason")]
-    assert wrong_reason == pytest.approx([0.25, 0.25])
-    assert [point[0] for point in charts.curve(runs, "reward")] == [1]
-    runs[0]["args"]["tau"] = 2.0  # no longer the same condition
-    labelled = charts.label_runs(runs)
-    assert {label: len(members) for label, members in labelled.items()} == {
-        "a, tau 2.0": 1,
-        "a, tau 1.0": 2,
-    }
-
 
 # ---- credit
 
@@ -241,7 +55,7 @@ def test_credit_is_that_of_the_loop(cache, tmp_path, monkeypatch, options):
     found = credit.credit(policy, batch, args, step=1)
     idle = batch.A == 0  # prompts of four objects, which the loop leaves out
     assert torch.equal(found.A_hat[~idle], kept[0])
-    assert found.A_hat.unique().numel() > 50
+    assert found.A_hat.unique().numel() > 30
     assert idle.any()
     assert (batch.roles[idle] > 0).any()
     assert (found.w[idle] == 1).all()

@@ -123,6 +123,29 @@ def test_sampling_keeps_keys_and_values_in_the_dtype_of_computing(hub):
         assert torch.equal(layer.keys[2, :, :length], prompt_layer.keys[1].bfloat16())
 
 
+def test_weights_are_cast_once_for_prompts_and_responses(hub):
+    policy = model.load(str(hub), dtype=torch.bfloat16, max_pixels=100 * 100)
+    prompts = policy.encode(data.DrawnTask("count").train_batch(0, 2))
+    rng = torch.Generator().manual_seed(0)
+    rollout = policy.sample(prompts, 2, max_new_tokens=5, temperature=1.0, generator=rng)
+    shape = policy.model.model.language_model.layers[0].mlp.up_proj.weight.shape
+    copies = set()
+
+    def pack(x):
+        if x.dtype == torch.bfloat16 and sorted(x.shape) == sorted(shape):
+            copies.add(x.untyped_storage().data_ptr())
+        return x
+
+    def unpack(x):
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        logp = policy.log_probs(prompts, rollout, 1.0)
+    assert logp.requires_grad
+    layers = policy.model.model.language_model.layers
+    assert len(copies) == 3 * len(layers)  # up, gate and down: one copy of each
+
+
 # ---- what it takes
 
 
