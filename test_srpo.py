@@ -451,7 +451,15 @@ def test_shapes_that_do_not_fit_are_named(batch):
 
 @pytest.mark.parametrize(
     "options",
-    [{"tau": 0.0}, {"tau": -1.0}, {"w_min": 0.0}, {"w_min": 2.0, "w_max": 1.0}],
+    [
+        {"tau": 0.0},
+        {"tau": -1.0},
+        {"tau": 1e-320},  # 0 in float32
+        {"w_min": 0.0},
+        {"w_min": 1e-320},
+        {"w_max": math.inf},
+        {"w_min": 2.0, "w_max": 1.0},
+    ],
 )
 def test_weights_refuse_bad_options(batch, options):
     with pytest.raises(ValueError, match="need tau"):
