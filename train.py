@@ -377,10 +377,8 @@ def summarize(run: "Run") -> None:
         print("step {}, {verdict}: {response}".format(record["step"], **record["samples"][0]))
     print(f"\nmetrics and checkpoint: {run.path}")
     best = max(evaluations, key=lambda record: record["eval"]["accuracy"])
-    if best is not evaluations[-1] and (run.path / "best").exists():
-        print(
-            f"best accuracy, {best['eval']['accuracy']:.3f} in step {best['step']}: {run.path}/best"
-        )
+    if (run.path / "best").exists():
+        print(f"best accuracy {best['eval']['accuracy']:.3f}, step {best['step']}: {run.path}/best")
 
 
 # ---- what the loop works with

@@ -302,7 +302,7 @@ def test_the_best_policy_is_kept(tmp_path, capsys, monkeypatch):
     run(out, *QUICK, *SMALL, *COLD, "--steps", 4, "--eval-every", 1)
     assert saved[1] != saved[2]
     assert saved[2] == saved[3] == saved[4]  # the first of equals
-    assert f"best accuracy, 1.000 in step 2: {out}/best" in capsys.readouterr().out
+    assert f"best accuracy 1.000, step 2: {out}/best" in capsys.readouterr().out
     assert [p.name for p in out.glob("*.tmp")] == []
     monkeypatch.undo()
     assert train.main(["--model", str(out / "best"), *map(str, COLD), "--steps", "0"]) == 0
