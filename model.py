@@ -27,6 +27,7 @@ the largest:
 
 import copy
 import json
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -76,8 +77,8 @@ class Prompts:
     ids: Tensor  # [N, L]
     mask: Tensor  # [N, L], 0 at padding
     positions: Tensor  # [3, N, L], M-RoPE: time, height, width
-    pixels: list[Tensor]  # per prompt [patches, values]
-    grids: list[Tensor]  # per prompt [images, 3]: patches in time, height, width
+    pixels: Sequence[Tensor]  # per prompt [patches, values]
+    grids: Sequence[Tensor]  # per prompt [images, 3]: patches in time, height, width
 
 
 @dataclass
@@ -169,8 +170,8 @@ class Policy:
         """Tokens, positions and pixels. InputError where a text holds an image placeholder."""
         images = [self.fit(image) for example in examples for image in example.images]
         out = self.image_processor(images=images, do_resize=False, return_tensors="pt")
-        grids = out["image_grid_thw"].split([len(example.images) for example in examples])
-        pixels = out["pixel_values"].split([int(grid.prod(1).sum()) for grid in grids])
+        counts = [len(example.images) for example in examples]
+        grids = out["image_grid_thw"].split(counts)
         ids, mask = self._pad(self._tokenize(examples, grids), side="left")
         positions, _ = self.model.model.get_rope_index(
             input_ids=ids,
@@ -178,10 +179,14 @@ class Policy:
             image_grid_thw=torch.cat(grids),
             attention_mask=mask,
         )
-        pixels = [x.to(self.device) for x in pixels]
-        grids = [x.to(self.device) for x in grids]
-        ids, mask, positions = (x.to(self.device) for x in (ids, mask, positions))
-        return Prompts(ids, mask, positions, pixels, grids)
+        patches = [int(grid.prod(1).sum()) for grid in grids]
+        return Prompts(
+            ids=ids.to(self.device),
+            mask=mask.to(self.device),
+            positions=positions.to(self.device),
+            pixels=out["pixel_values"].to(self.device).split(patches),
+            grids=out["image_grid_thw"].to(self.device).split(counts),
+        )
 
     def _pad(self, rows: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
         """Token ids of each row -> ids and mask, [rows, longest], the mask 0 at padding."""
@@ -569,6 +574,9 @@ def load(
         adapters = adapter_config(name)
         if adapters is not None:
             base = adapters["base_model_name_or_path"]
+            if (Path(name) / "preprocessor_config.json").exists():  # what their training saw
+                seen = Qwen2VLImageProcessorPil.from_pretrained(name).size["longest_edge"]
+                max_pixels = min(seen, max_pixels or seen)
             policy = load(base, device=device, dtype=dtype, max_pixels=max_pixels, frozen=True)
             policy.add_lora(adapters["r"], folder=name)
             return policy

@@ -5,8 +5,8 @@
     python train.py --resume out/my-run                  after a crash, from the last checkpoint
 
 Read `train` from top to bottom: sample, verify, score, weigh, update, report. What is drawn in
-step k depends on the seed and on k alone, so on a CPU a resumed run is the same run. On a GPU the
-order of some sums varies.
+step k depends on the seed and on k alone, so a resumed run is the same run, but for rounding on a
+GPU or on several threads, where the order of sums varies.
 """
 
 import argparse
@@ -201,10 +201,10 @@ def judge_all(judge, responses: list, rollout, examples: list) -> list[Verdict]:
 
 def response_roles(responses: list, rollout) -> Tensor:
     """[B, T] of `Role` values, from the text and the token offsets of each response."""
-    roles = torch.zeros_like(rollout.ids)
+    roles = torch.zeros(rollout.ids.shape, dtype=torch.long)
     for row, (text, offsets) in enumerate(responses):
-        roles[row, : len(offsets)] = token_roles(text, offsets).to(roles.device)
-    return roles
+        roles[row, : len(offsets)] = token_roles(text, offsets)
+    return roles.to(rollout.ids.device)
 
 
 def corrupted_copies(examples: list, policy, args, step: int) -> list:
@@ -491,7 +491,8 @@ def prepare(args, run: "Run", task):
 
 def gradient_scaler(args) -> torch.amp.GradScaler:
     """For float16, whose smallest numbers gradients fall below; else it does nothing."""
-    return torch.amp.GradScaler(torch.device(args.device).type, enabled=args.dtype == "float16")
+    options = {"init_scale": 2.0**10, "enabled": args.dtype == "float16"}
+    return torch.amp.GradScaler(torch.device(args.device).type, **options)
 
 
 def check_prompts(policy, task, args) -> None:
@@ -526,7 +527,7 @@ def what_it_takes(policy, tokens: int, visual_tokens: int, args) -> str:
     needed += kept * config.num_hidden_layers * bytes_a_layer + 2**30
     there = "on the CPU, which is slow"
     if args.device.startswith("cuda"):
-        memory = torch.cuda.get_device_properties(args.device).total_memory
+        _, memory = torch.cuda.mem_get_info(args.device)
         there = f"of {memory / 2**30:.0f} there"
         if needed > memory:
             there += ": try --recompute, then --lora 16, then a smaller --max-pixels"

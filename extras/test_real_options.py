@@ -7,6 +7,7 @@ python -m pytest -q extras/test_real_options.py
 import argparse
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def test_float16_trains_and_samples_as_it_scores(tmp_path):
         assert record["skipped"] == 0
         assert math.isfinite(record["grad_norm"])
     state = torch.load(train.Run(tmp_path / "half").checkpoint() / "trainer.pt", weights_only=True)
-    assert state["scaler"]["scale"] == 65536  # goes on with a resumed run
+    assert state["scaler"]["scale"] == 1024  # goes on with a resumed run
 
 
 def test_an_overflow_of_float16_leaves_the_step_out():
@@ -211,6 +212,17 @@ def test_a_folder_of_adapters_says_its_rank_itself(adapters):
     assert args.lora == 4
     assert args.lr == train.REAL_LORA["lr"]
     assert train.resolve_options(["--model", str(adapters), "--lora", "4"]).lora == 4
+
+
+def test_adapters_see_images_of_the_size_they_were_trained_with(adapters, tmp_path):
+    folder = tmp_path / "adapters"
+    shutil.copytree(adapters, folder)
+    config = json.loads((folder / "preprocessor_config.json").read_text())
+    config["size"]["longest_edge"] = 5000
+    (folder / "preprocessor_config.json").write_text(json.dumps(config))
+    assert model.load(str(folder)).pixel_limits[1] == 5000
+    assert model.load(str(folder), max_pixels=602_112).pixel_limits[1] == 5000
+    assert model.load(str(folder), max_pixels=4000).pixel_limits[1] == 4000
 
 
 @pytest.mark.parametrize(
