@@ -21,6 +21,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -37,11 +38,14 @@ sys.path.insert(0, str(ROOT))
 
 import bench_models  # noqa: E402
 from bench_models import MODELS, REAL, SHAPES, sizes_of  # noqa: E402
+from script import exit_code  # noqa: E402
 
 import data  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
+from data import InputError  # noqa: E402
 
+KNOWN_CONDITION = re.compile(r"(grpo|srpo)(-lora)?(-recompute)?|generate|trl-grpo")
 CONDITIONS = "grpo,srpo,trl-grpo"
 CONDITIONS_REAL = "generate,grpo,srpo,grpo-lora,srpo-lora"
 # Dense bf16 operations a second, by the data sheets.
@@ -81,7 +85,7 @@ def stand_in() -> None:
         return data.Verdict(float(rng.random()), 0.0, 0.0)
 
     def no_evaluation(*_, **__):
-        return {"step": 0, "eval": {}}
+        return {"step": 0, "eval": {"accuracy": 0.0}}
 
     def nothing(*_):
         pass
@@ -231,7 +235,9 @@ def call(name: str, command: list[str]) -> str:
     command = [sys.executable, *command]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode != 0:
-        sys.exit(f"{name} failed: {done.stderr.strip().splitlines()[-1:]}")
+        code = f"exit code {done.returncode} (-9: killed, as when memory runs out)"
+        last = [code, *done.stderr.strip().splitlines()][-1]
+        raise InputError(f"{name}: {last}")
     return done.stdout
 
 
@@ -327,16 +333,20 @@ def share_of_peak(condition: str, shape: str, device: str, seconds: float) -> st
 # ---- the command line
 
 
-def options() -> argparse.Namespace:
+def options(argv: list[str] | None) -> argparse.Namespace:
     """The command line's, checked."""
     form = argparse.ArgumentDefaultsHelpFormatter
-    parser = train.Parser(description=__doc__.splitlines()[0], formatter_class=form)
+    parser = train.Parser(description="What a training step costs.", formatter_class=form)
     add = parser.add_argument
     count = train.number(int, 1)
     add("--shape", default="short,long", help=f"of {', '.join([*SHAPES, *REAL])}")
     add("--model", choices=MODELS, help=f"of {', '.join(REAL)}; else qwen2-vl-2b")
     add("--micro-batch", type=count, help="responses, as in train.py; else all, of a --model 8")
-    add("--conditions", help=f"else {CONDITIONS}; of a --model: {CONDITIONS_REAL}")
+    add(
+        "--conditions",
+        type=train.filled,
+        help=f"else {CONDITIONS}; of a --model: {CONDITIONS_REAL}",
+    )
     add("--turns", type=count, default=3, help="how often each condition runs")
     add("--steps", type=count, default=7, help="steps a turn, of which two warm up")
     add("--against", type=Path, metavar="DIR", help="another version, to run and compare with")
@@ -346,12 +356,36 @@ def options() -> argparse.Namespace:
     device = train.build_parser().get_default("device")
     add("--device", default=device, help="of all that runs")
     add("--one", nargs=3, metavar=("CONDITION", "SHAPE", "FOLDER"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.against and not (args.against / "extras/bench.py").exists():
-        parser.error(f"--against {args.against}: no extras/bench.py there")
-    if args.against and args.groups:
-        parser.error("--against: not with --groups")
+    args = parser.parse_args(argv)
+    check(args)
     return args
+
+
+def check(args) -> None:
+    """InputError where something could not be measured, before anything is."""
+    train.resolve_options(["--device", args.device])
+    for shape in args.shape.split(","):
+        if shape not in (*SHAPES, *REAL):
+            known = ", ".join([*SHAPES, *REAL])
+            raise InputError(f"--shape {args.shape}: {shape!r} is none of {known}")
+    if args.conditions is not None:
+        for condition in args.conditions.split(","):
+            if not KNOWN_CONDITION.fullmatch(condition):
+                known = "grpo and srpo, also with -lora, -recompute or both, generate, trl-grpo"
+                raise InputError(f"--conditions {args.conditions}: {condition!r}; known: {known}")
+            if condition == "trl-grpo" and importlib.util.find_spec("trl") is None:
+                raise InputError("--conditions trl-grpo: pip install trl==1.16.0")
+            if "lora" in condition:
+                model.import_peft()
+    if args.groups is not None:
+        sizes = set(args.groups.split(","))
+        if len(sizes) < 2 or not all(re.fullmatch("[2-9]|[1-9][0-9]{1,3}", size) for size in sizes):
+            raise InputError(f"--groups {args.groups}: give two sizes or more, from 2, like 4,8")
+    if args.against and not (args.against / "extras/bench.py").exists():
+        advice = "git worktree add DIR COMMIT makes a folder of a commit"
+        raise InputError(f"--against {args.against}: no extras/bench.py there; {advice}")
+    if args.against and args.groups:
+        raise InputError("--against: not with --groups")
 
 
 def whole_patches(height: int, width: int, side: int, *_) -> tuple[int, int]:
@@ -359,8 +393,8 @@ def whole_patches(height: int, width: int, side: int, *_) -> tuple[int, int]:
     return height // side * side, -(-width // side) * side
 
 
-def main() -> None:
-    args = options()
+def measure_all(argv: list[str] | None) -> None:
+    args = options(argv)
     name = args.model
     if name is None:
         name = "qwen2-vl-2b"
@@ -377,6 +411,10 @@ def main() -> None:
             print(f"no GPU: four layers of {name} and 16 tokens a response")
             shape = "cut"
         bench(args, shape)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return exit_code(measure_all, argv)
 
 
 def bench(args, shape: str) -> None:
@@ -399,11 +437,11 @@ def bench(args, shape: str) -> None:
 
 
 def conditions_of(args, shape: str) -> list[str]:
+    if args.conditions:
+        return args.conditions.split(",")
     conditions = CONDITIONS
     if shape in REAL:
         conditions = CONDITIONS_REAL
-    if args.conditions:
-        conditions = args.conditions
     conditions = conditions.split(",")
     if "trl-grpo" in conditions and importlib.util.find_spec("trl") is None:
         conditions.remove("trl-grpo")
@@ -412,4 +450,4 @@ def conditions_of(args, shape: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -146,3 +146,8 @@ def make_folder(folder: Path, shape: str) -> None:
     policy.image_processor.patch_size = vision["patch_size"]
     policy.image_processor.size = {"shortest_edge": 256, "longest_edge": 2**20}
     policy.save(folder)
+
+
+if __name__ == "__main__":
+    print("error: no script: python extras/bench.py", file=sys.stderr)
+    sys.exit(2)

@@ -1,7 +1,12 @@
 """A step of TRL's GRPOTrainer on a model of bench.py, for comparison. pip install trl==1.16.0"""
 
+import sys
 import tempfile
 import time
+
+if __name__ == "__main__":
+    print("error: no script: python extras/bench.py --conditions trl-grpo", file=sys.stderr)
+    sys.exit(2)
 
 import numpy as np
 import torch

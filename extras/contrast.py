@@ -2,6 +2,7 @@
 
     python extras/contrast.py                                 the warmed-up tiny model
     python extras/contrast.py --model out/tiny-srpo-seed0/checkpoint-000040 --task count
+    python extras/contrast.py --draws 8                       the patch mask, drawn up to 8 times
 
 For sampled responses it scores every token as SRPO does, under every corruption, and reports the
 area under the ROC curve (AUC; 0.5 is chance), averaged over responses, with which the contrast of
@@ -16,11 +17,18 @@ and what becomes of it: the mean contrast of each role, the share of scored toke
 clipped in step 6, the mean weight of each role, and the entropy of the policy (nats) at scored
 tokens whose weight is above 1 and at those below: where it is 0 there is nothing left to learn. The
 row "patch, 4 masks" averages the log-probs under four corrupted images before all of that.
+
+With `--draws K` it asks instead how much of a contrast is the draw of the mask. A word is hidden
+where more than half of its cell is masked. First comes the mean contrast of true and
+false words, hidden and not, and three AUC under one mask: of hidden words above the others, and of
+true words above false ones where both are hidden and where neither is. Then the figures above for
+log-probs averaged over 1, 2, 4 ... K masks; each row uses all K draws, so that all are as certain.
 """
 
 import argparse
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -29,6 +37,8 @@ import credit  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from PIL import Image  # noqa: E402
+from script import exit_code  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import model  # noqa: E402
@@ -38,13 +48,23 @@ from data import CELLS, COLORS, SHAPES, Example, InputError  # noqa: E402
 from srpo import Role, contrast_scores, parse_response, shared_baseline  # noqa: E402
 
 LABELS = ("seen", "asked", "true", "needed")
+# Those of train.py that have a part in what is measured here.
+OPTIONS = "--model --task --reward --device --dtype --seed --corruption-p --tau --w-min --w-max"
+OPTIONS += " --weights --group-size --temperature --max-new-tokens --micro-batch --max-pixels"
+OPTIONS += " --warmup-steps --warmup-lr --warmup-noise --image-size"
 COPULA = r"\W+(?:(?:is|has|a|an|the)\W+)*"  # as `parse_facts` reads a sentence
 FACT = re.compile(rf"\b({'|'.join(CELLS)}){COPULA}({'|'.join(COLORS)})\W+({'|'.join(SHAPES)})\b")
 
 
-def labels(text: str, offsets, example: Example) -> dict[str, np.ndarray]:
-    """For each of LABELS: 1 at tokens that should rank high, 0 at those below them, else -1."""
+def labels(text: str, offsets, example: Example, hidden=None) -> dict[str, np.ndarray]:
+    """For each of LABELS: 1 at tokens that should rank high, 0 at those below them, else -1.
+
+    With `hidden`, a set of cells, also "hidden": 1 at words for the color or the shape in one of
+    them, 0 at those for others.
+    """
     found = {name: np.full(len(offsets), -1) for name in LABELS}
+    if hidden is not None:
+        found["hidden"] = np.full(len(offsets), -1)
     blocks = parse_response(text)
     if blocks is None:
         return found
@@ -65,6 +85,8 @@ def labels(text: str, offsets, example: Example) -> dict[str, np.ndarray]:
             mark("asked", span, int(asked))
             true = cell in scene and word in (scene[cell].color, scene[cell].shape)
             mark("true", span, int(true))
+            if hidden is not None:
+                mark("hidden", span, int(cell in hidden))
     start, end = blocks.reasoning
     for match in re.finditer(r"[^\s,]+", text[start:end]):
         span = (start + match.start(), start + match.end())
@@ -90,8 +112,9 @@ def mean_auc(batch: credit.Batch, delta: Tensor) -> dict[str, float]:
     for row, (text, offsets) in enumerate(batch.responses):
         example = batch.examples[int(batch.rollout.prompt[row])]
         scores = delta[row, : len(offsets)].numpy()
-        for name, label in labels(text, offsets, example).items():
-            area = auc(scores, label)
+        label = labels(text, offsets, example)
+        for name in LABELS:
+            area = auc(scores, label[name])
             if area is not None:
                 found[name].append(area)
     return {name: mean(np.array(areas)) for name, areas in found.items()}
@@ -140,43 +163,157 @@ def rows(policy: model.Policy, batch: credit.Batch, args):
     yield "patch, 4 masks", figures(batch, masked.mean(dim=0), logp_blank, args)
 
 
-def options(argv: list[str] | None) -> argparse.Namespace:
+# ---- how much of a contrast is the draw of the mask
+
+
+def hidden_cells(policy: model.Policy, batch: credit.Batch, args, step: int) -> list[set[str]]:
+    """Of each prompt, the cells of which more than half is masked in the draw of a step."""
+    stand_ins = []
+    for example in batch.examples:
+        width, height = policy.fit(example.images[0]).size
+        black = np.zeros((height, width, 3), np.uint8)
+        black[0] = 255  # so that the mean, which masked patches get, is neither
+        stand_ins.append(replace(example, images=(Image.fromarray(black),)))
+    found = []
+    for masked in train.corrupted_copies(stand_ins, policy, args, step):
+        pixels = np.asarray(masked.images[0])[..., 0]
+        is_masked = (pixels > 0) & (pixels < 255)
+        cells = set()
+        for index, cell in enumerate(CELLS):
+            row, column = divmod(index, 3)
+            rows = np.array_split(is_masked, 3, axis=0)[row]
+            if np.array_split(rows, 3, axis=1)[column].mean() > 0.5:
+                cells.add(cell)
+        found.append(cells)
+    return found
+
+
+def by_mask(batch: credit.Batch, delta: Tensor, hidden: list[set[str]]) -> dict[str, list[float]]:
+    """Contrasts of words, true and false, hidden and not, and three AUC of each response."""
+    found = {}
+
+    def keep(name, values):
+        found.setdefault(name, []).extend(values)
+
+    for row, (text, offsets) in enumerate(batch.responses):
+        prompt = int(batch.rollout.prompt[row])
+        scores = delta[row, : len(offsets)].numpy()
+        label = labels(text, offsets, batch.examples[prompt], hidden[prompt])
+        for word, is_true in (("true", 1), ("false", 0)):
+            for where, is_hidden in (("hidden", 1), ("not", 0)):
+                chosen = (label["true"] == is_true) & (label["hidden"] == is_hidden)
+                keep(f"{word}, {where}", scores[chosen])
+        among_hidden = np.where(label["hidden"] == 1, label["true"], -1)
+        among_others = np.where(label["hidden"] == 0, label["true"], -1)
+        areas = {
+            "AUC hidden": auc(scores, label["hidden"]),
+            "AUC true, hidden": auc(scores, among_hidden),
+            "AUC true, not": auc(scores, among_others),
+        }
+        for name, area in areas.items():
+            if area is not None:
+                keep(name, [area])
+    return found
+
+
+def mask_tables(policy: model.Policy, batch: credit.Batch, args, draws: int):
+    """Two tables, each a list of (name, figures): of single masks, and of averages over several."""
+    logp_blank = credit.blank_log_probs(policy, batch, args)
+    args = argparse.Namespace(**{**vars(args), "corruption": "patch"})
+    masked = []  # of each draw, log-probs [B, T]
+    found = {}
+    for draw in range(draws):
+        logp = credit.corrupted_log_probs(policy, batch, args, step=draw)
+        delta = contrast_scores(batch.rollout.logp, logp, logp_blank, batch.roles)
+        hidden = hidden_cells(policy, batch, args, step=draw)
+        for name, values in by_mask(batch, delta, hidden).items():
+            found.setdefault(name, []).extend(values)
+        masked.append(logp)
+    single = [("one mask", {name: mean(np.array(values)) for name, values in found.items()})]
+    averaged = []
+    size = 1
+    while size <= draws:
+        parts = []
+        for first in range(0, draws - size + 1, size):
+            logp = torch.stack(masked[first : first + size]).mean(dim=0)
+            parts.append(figures(batch, logp, logp_blank, args))
+        figure = {name: mean(np.array([part[name] for part in parts])) for name in parts[0]}
+        averaged.append((f"masks: {size}", figure))
+        size *= 2
+    return single, averaged
+
+
+# ---- the command line
+
+
+def options(argv: list[str]) -> tuple[argparse.Namespace, int | None]:
+    """Those of train.py, and --draws."""
     parser = train.Parser(
         allow_abbrev=False,
-        description=__doc__.splitlines()[0],
-        epilog="And the options of train.py: --model, --task, --seed, --group-size, --tau ...",
+        description="Is the contrast informative? How well it ranks tokens.",
+        epilog=f"And of train.py: {OPTIONS}",
     )
-    parser.add_argument("--prompts", default="32", help="questions (else: 32)")
+    count = train.number(int, 1, 10**6)
+    draws = train.number(int, 1, 1024)
+    parser.add_argument("--prompts", type=count, default=32, help="questions (else: 32)")
+    parser.add_argument(
+        "--draws", type=draws, help="of the patch mask, to be averaged", metavar="K"
+    )
     mine, others = parser.parse_known_args(argv)
-    return train.resolve_options(["--device", "cpu", "--prompts", mine.prompts, *others])
+    for word in others:
+        option = word.split("=")[0]
+        known = vars(train.build_parser().parse_args([]))
+        is_option = option.removeprefix("--").replace("-", "_") in known
+        if option.startswith("--") and is_option and option not in OPTIONS.split():
+            if option == "--data":
+                raise InputError("--data: only drawn tasks have a scene to measure against")
+            raise InputError(f"{option}: has no part in what contrast.py measures; leave it out")
+    fixed = ["--device", "cpu", "--prompts", str(mine.prompts)]
+    return train.resolve_options([*fixed, *others]), mine.draws
+
+
+def load(args) -> model.Policy:
+    """The tiny model, warmed up, or a checkpoint of it."""
+    if not model.is_tiny(args.model):
+        problem = "not the tiny model, or a checkpoint of it; the labels here are of its words"
+        raise InputError(f"--model {args.model}: {problem}")
+    if args.model == "tiny":
+        return credit.warmed_up(args)
+    return train.load_policy(args, args.model)
+
+
+def show(table, title: str) -> None:
+    """Print the rows of a table as they come."""
+    for number, (name, found) in enumerate(table):
+        if number == 0:
+            print(f"| {title} | {' | '.join(found)} |")
+            print("|---" * (len(found) + 1) + "|")
+        shown = [f"{x:.2f}" for x in found.values()]
+        print(f"| {name} | {' | '.join(shown)} |", flush=True)
+
+
+def measure(argv: list[str] | None) -> None:
+    transformers.utils.logging.disable_progress_bar()
+    if argv is None:
+        argv = sys.argv[1:]
+    args, draws = options(argv)
+    train.build_weigh(args)  # one that fails does so now
+    train.build_judge(args)
+    policy = load(args)
+    examples = train.build_task(args).draw(args.prompts, (args.seed, 0, 5), held_out=False)
+    batch = credit.sample(policy, examples, args, step=1)
+    print(f"{args.task}, seed {args.seed}")
+    if draws is None:
+        show(rows(policy, batch, args), "corruption")
+        return
+    single, averaged = mask_tables(policy, batch, args, draws)
+    show(single, "words")
+    print()
+    show(averaged, "patch")
 
 
 def main(argv: list[str] | None = None) -> int:
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        args = options(argv)
-        if not model.is_tiny(args.model):
-            problem = "not the tiny model; the labels here are of its words"
-            raise InputError(f"--model {args.model}: {problem}")
-        if args.data:
-            raise InputError("--data: only drawn tasks have a scene to measure against")
-        if args.model == "tiny":
-            policy = credit.warmed_up(args)
-        else:
-            policy = train.load_policy(args, args.model)
-        task = train.build_task(args)
-        examples = task.draw(args.prompts, (args.seed, 0, 5), held_out=False)
-        batch = credit.sample(policy, examples, args, step=1)
-        for number, (name, found) in enumerate(rows(policy, batch, args)):
-            if number == 0:
-                print(f"{args.task}, seed {args.seed}\n| corruption | {' | '.join(found)} |")
-                print("|---" * (len(found) + 1) + "|")
-            shown = [f"{x:.2f}" for x in found.values()]
-            print(f"| {name} | {' | '.join(shown)} |", flush=True)
-        return 0
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(measure, argv)
 
 
 if __name__ == "__main__":

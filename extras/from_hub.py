@@ -24,10 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from answers import listed_options  # noqa: E402
 from notation import unboxed  # noqa: E402
 from PIL import Image  # noqa: E402
+from script import exit_code, in_one_line  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from data import InputError, first_line  # noqa: E402
-from train import Parser  # noqa: E402
+from train import Parser, filled  # noqa: E402
 
 LETTERS = "ABCDEFGHIJ"
 
@@ -46,8 +47,11 @@ def load(name: str, split: str):
     """Rows of a data set whose images are not decoded, and its columns."""
     try:
         import datasets
-    except ImportError:
-        raise InputError("from_hub.py needs datasets: pip install datasets") from None
+    except Exception as error:  # it is not there, or does not fit the packages beside it
+        advice = "pip install datasets, with -U where it is there"
+        raise InputError(f"from_hub.py needs datasets: {advice} ({in_one_line(error)})") from None
+    if Path(name).resolve() == Path("/"):  # all files there would be looked at
+        raise InputError(f"{name}: no data set; give a name on the hub or a folder")
     written = ("state.json", "dataset_dict.json")  # files of a folder that `datasets` wrote
     try:
         if any((Path(name) / file).exists() for file in written):
@@ -57,8 +61,10 @@ def load(name: str, split: str):
         else:
             rows = datasets.load_dataset(name, split=split)
     except Exception as error:  # not found, no such split, no network ...
-        said = f"cannot be loaded, split {split} ({first_line(error)})"
+        said = f"cannot be loaded, split {split} ({in_one_line(error)})"
         raise InputError(f"{name}: {said}") from None
+    if len(rows) == 0:
+        raise InputError(f"{name}: has no rows, split {split}")
 
     def column(*names):
         for wanted in names:
@@ -151,13 +157,23 @@ def write_images(images: list, folder: Path, number: int, source: str) -> list[s
     return paths
 
 
+def rows_of(rows, name: str):
+    """(where it stands, row) of each; InputError where the files are damaged."""
+    for number in tqdm(range(len(rows)), desc=name, disable=None):
+        source = f"{name} row {number}"
+        try:
+            row = rows[number]
+        except Exception as error:  # what reads the files raises in ways of its own
+            raise InputError(f"{source}: cannot be read ({in_one_line(error)})") from None
+        yield source, row
+
+
 def write(name: str, split: str, folder: Path) -> int:
     """Fill `folder`; returns the number of rows. InputError names the data set, or its row."""
-    rows, columns = load(name, split)
     (folder / "images").mkdir(parents=True)
+    rows, columns = load(name, split)
     with open(folder / "rows.jsonl", "w", encoding="utf-8") as file:
-        for number, row in enumerate(tqdm(rows, desc=name, disable=None)):
-            source = f"{name} row {number}"
+        for number, (source, row) in enumerate(rows_of(rows, name)):
             images = row[columns.images]
             question = row[columns.question]
             if not isinstance(images, list):
@@ -180,25 +196,28 @@ def write(name: str, split: str, folder: Path) -> int:
     return len(rows)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", help="of a data set on the hub, or a folder that `datasets` wrote")
-    parser.add_argument("dir", type=Path, help="where rows.jsonl and images/ go; new or empty")
-    parser.add_argument("--split", default="train", help="of the data set (default: train)")
+def convert(argv: list[str] | None) -> None:
+    parser = Parser(description="A data set of the Hugging Face hub as JSON lines and images.")
+    add = parser.add_argument
+    add("name", type=filled, help="of a data set on the hub, or a folder that `datasets` wrote")
+    add("dir", type=filled, help="where rows.jsonl and images/ go; new or empty")
+    add("--split", type=filled, default="train", help="of the data set (default: train)")
     args = parser.parse_args(argv)
-    beside = args.dir.with_name(f"{args.dir.name}.{os.getpid()}.tmp")  # whole or not at all
+    folder = Path(args.dir)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: not empty; name another folder")
+    whole = folder.resolve()
+    beside = whole.with_name(f"{whole.name}.{os.getpid()}.tmp")  # whole or not at all
     try:
-        if args.dir.exists() and (not args.dir.is_dir() or any(args.dir.iterdir())):
-            raise InputError(f"{args.dir}: not empty; name another folder")
         count = write(args.name, args.split, beside)
-        os.replace(beside, args.dir)
-        print(f"{count} rows: python train.py --data {args.dir / 'rows.jsonl'} --model ...")
-        return 0
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        os.replace(beside, whole)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+    print(f"{count} rows: python train.py --data {folder / 'rows.jsonl'} --model ...")
+
+
+def main(argv: list[str] | None = None) -> int:
+    return exit_code(convert, argv)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,14 @@ An adapter takes three things from its trainer: the sampled ids, the advantages,
 the same tokens in three contexts. Here they become roles and A_hat.
 """
 
+import sys
+
+if __name__ == "__main__":
+    print(
+        "error: no script: trl_srpo.py, verl_srpo.py and easyr1_srpo.py import it", file=sys.stderr
+    )
+    sys.exit(2)
+
 import torch
 from torch import Tensor
 

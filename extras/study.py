@@ -17,10 +17,10 @@ import argparse
 import contextlib
 import csv
 import io
-import multiprocessing
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -38,13 +38,16 @@ import numpy as np  # noqa: E402
 import study_tables  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from script import exit_code, in_one_line  # noqa: E402
 from study_conditions import CONDITIONS, RUNNABLE  # noqa: E402
-from study_tables import CREDIT, FRESH, TASKS  # noqa: E402
+from study_tables import CREDIT, FRESH, OUTCOMES, TASKS  # noqa: E402
+from workers import Worker, done  # noqa: E402
 
 import data  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
 from corrupt import corrupt  # noqa: E402
+from data import InputError  # noqa: E402
 from srpo import parse_response  # noqa: E402
 
 MAIN = ("grpo", "srpo", "range-0.5-2", "shuffled")
@@ -52,6 +55,9 @@ MAIN_SEEDS = 10
 OTHER_SEEDS = 5
 OPTIONS = "--steps 40 --prompts 16 --lr 1e-4 --warmup-noise 0.25 --eval-every 10 --eval-size 256"
 OPTIONS += " --save-every 0"
+OWN_OPTIONS = {"--task", "--seed", "--data", "--out", "--resume"}  # each run has its own
+TEXTS = ("task", "condition", "regime", "commit", "options")
+COLUMNS = {*TEXTS, "seed", "start", *OUTCOMES, *CREDIT}
 FINAL = 512  # held-out examples of the last evaluation
 
 # ---- regimes, where the answer may turn
@@ -122,22 +128,32 @@ def trained(folder: Path, options: str) -> None:
     """A new run of train.py in `folder`, without a word."""
     shutil.rmtree(folder, ignore_errors=True)
     argv = ["--device", "cpu", "--out", str(folder), *shlex.split(options)]
-    said = io.StringIO()
+    said = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        status = train.main(argv)
+        try:
+            status = train.main(argv)
+        except SystemExit as stop:  # an option that the parser refuses
+            status = stop.code
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # train.py had its own way
     if status >= 128:  # a signal: this process is to end
         sys.exit(status)
     if status != 0:
-        last = said.getvalue().strip().splitlines()[-1:]
-        raise RuntimeError(f"python train.py {shlex.join(argv)}: {last}")
+        last = said.buffer.getvalue().decode().strip().splitlines()[-1]
+        problem = last.removeprefix("error: ")
+        raise InputError(f"{problem} (python train.py {shlex.join(argv)})")
+
+
+def name_of(task: str, condition: str, seed: int, regime: str) -> str:
+    """Of a run and its folder."""
+    if regime == "default":
+        return f"{task}-{condition}-seed{seed}"
+    return f"{task}-{condition}-{regime}-seed{seed}"
 
 
 def run(job: tuple[str, str, int, str, Path, str]) -> dict:
     """One training run and its last evaluations, as a row of the table."""
     task, condition, seed, regime, out, options = job
-    name = f"{task}-{condition}-{regime}-seed{seed}"
-    if regime == "default":
-        name = f"{task}-{condition}-seed{seed}"
+    name = name_of(task, condition, seed, regime)
     start = time.process_time()  # of one thread: what it would take on an idle core
     own = CONDITIONS[condition].options
     trained(out / name, f"--task {task} --seed {seed} {options} {own}")
@@ -186,7 +202,7 @@ def commit() -> str:
     return said.strip() or "unknown"
 
 
-def begin(cache: str, regime: str) -> None:
+def prepare(cache: str, regime: str) -> None:
     """A worker: two runs beside each other are faster than one on two cores."""
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
@@ -208,30 +224,55 @@ def warm(job: tuple[str, int, Path, str]) -> None:
 
 
 def read(path: Path) -> list[dict]:
+    """Rows of study.csv, or InputError. A last line that a kill has cut off is no row."""
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    for row in rows:
-        for name, value in row.items():
+    try:
+        text = path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error})") from None
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        print(f"note: {path}: the last line is cut off; its run is made again", file=sys.stderr)
+    reader = csv.DictReader(io.StringIO(whole, newline=""))
+    if whole and set(reader.fieldnames) != COLUMNS:
+        raise InputError(f"{path}: has other columns; name another --out")
+    return [parsed(row, f"{path}:{reader.line_num}") for row in reader]
+
+
+def parsed(row: dict, place: str) -> dict:
+    """A row with its numbers as numbers."""
+    known = {"task": TASKS, "condition": CONDITIONS, "regime": REGIMES}
+    for name, value in row.items():
+        try:
+            if name in known and value not in known[name]:
+                raise ValueError
             if name == "seed":
                 row[name] = int(value)
-            elif name not in ("task", "condition", "regime", "commit", "options"):
+            elif name not in TEXTS:
                 row[name] = float(value)
-    return rows
+        except (TypeError, ValueError):  # TypeError: there is none, or there are too many
+            advice = "remove the line, and its run is made again"
+            raise InputError(f"{place}: {name} {value!r}: not understood; {advice}") from None
+    return row
 
 
 def append(path: Path, row: dict) -> None:
     """One line at a time: what is recorded stays recorded."""
-    new = not path.exists()
-    if not new and path.read_text(encoding="utf-8").split("\n", 1)[0].strip() != ",".join(row):
-        raise ValueError(f"{path} has other columns; name another --out")
+    content = b""
+    if path.exists():
+        content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):  # a line that a kill has cut off
+        os.truncate(path, len(whole))
+    if whole and whole.split(b"\n")[0].decode().strip() != ",".join(row):
+        raise InputError(f"{path}: has other columns; name another --out")
     rounded = {}
     for name, value in row.items():
         rounded[name] = round(value, 5) if isinstance(value, float) else value
-    with path.open("a", newline="") as file:
+    with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, row)
-        if new:
+        if not whole:
             writer.writeheader()
         writer.writerow(rounded)
 
@@ -259,28 +300,31 @@ def lacking(jobs, rows: list[dict], regime: str) -> list:
     return [job for job in jobs if job not in done]
 
 
-def study(jobs, out: Path, regime: str, options: str, workers: int) -> None:
-    """Run what `DIR/study.csv` lacks."""
+def study(jobs, out: Path, regime: str, options: str, count: int) -> None:
+    """Run what `DIR/study.csv` lacks, `count` runs at a time."""
     todo = lacking(jobs, read(out / "study.csv"), regime)
     if not todo:
         return
+    (out / "study.csv").open("a").close()  # where it cannot be written, that is said now
     name = "cache" if regime == "default" else f"cache-{regime}"
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(workers, begin, [str(out / name), regime]) as pool:
-        starts = sorted({(seed, task) for task, _, seed in todo})
-        print(f"{len(starts)} warmed-up models, {len(todo)} runs, {workers} at a time", flush=True)
-        pool.map(warm, [(task, seed, out, options) for seed, task in starts], chunksize=1)
-        start = time.perf_counter()
-        rows = pool.imap_unordered(run, [(*job, regime, out, options) for job in todo])
-        for i, row in enumerate(rows, 1):
-            append(out / "study.csv", row)
-            left = (time.perf_counter() - start) / i * (len(todo) - i) / 60
-            said = f"[{i}/{len(todo)}] {row['task']} {row['condition']} seed {row['seed']}: "
-            said += f"accuracy {row['start']:.2f} -> {row['accuracy']:.2f}, "
-            said += f"grounded {row['grounded']:.2f}; {left:.0f} minutes left"
-            print(said, flush=True)
-        pool.close()
-        pool.join()
+    workers = [Worker(prepare, (str(out / name), regime)) for _ in range(count)]
+    models = {}  # by what they are called when one fails
+    for seed, task in sorted({(seed, task) for task, _, seed in todo}):
+        models[f"warm-up of {task}, seed {seed}"] = (task, seed, out, options)
+    said = f"{len(models)} warmed-up models, {len(todo)} runs, {count} at a time"
+    print(said, file=sys.stderr)
+    for _ in done(warm, models, workers):
+        pass
+    start = time.perf_counter()
+    runs = {name_of(*job, regime): (*job, regime, out, options) for job in todo}
+    rows = done(run, runs, workers)
+    for i, row in enumerate(rows, 1):
+        append(out / "study.csv", row)
+        left = (time.perf_counter() - start) / i * (len(todo) - i) / 60
+        said = f"[{i}/{len(todo)}] {row['task']} {row['condition']} seed {row['seed']}: "
+        said += f"accuracy {row['start']:.2f} -> {row['accuracy']:.2f}, "
+        said += f"grounded {row['grounded']:.2f}; {left:.0f} minutes left"
+        print(said, file=sys.stderr)
 
 
 def tables(rows: list[dict]) -> str:
@@ -292,71 +336,113 @@ def tables(rows: list[dict]) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     form = argparse.ArgumentDefaultsHelpFormatter
-    parser = train.Parser(description=__doc__.splitlines()[0], formatter_class=form)
+    parser = train.Parser(description="Does role-aware credit help?", formatter_class=form)
     add = parser.add_argument
+    text = train.filled
+    seeds = train.number(int, 0, 10**6)
     add("--quick", action="store_true", help=f"2 seeds of the first task, {', '.join(MAIN)}")
     regimes = "; ".join(f"{name}: {regime.what}" for name, regime in REGIMES.items())
     add("--regime", default="default", choices=REGIMES, help=regimes)
     known = ", ".join(RUNNABLE)
-    add("--conditions", help=f"of these, by default those of the regime: {known}")
-    add("--tasks", help="of count, compare, add; by default those of the regime")
-    add("--seeds", type=int, default=MAIN_SEEDS, help=f"of {', '.join(MAIN)}")
-    add("--other-seeds", type=int, default=OTHER_SEEDS, help="of the other conditions")
-    add("--first-seed", type=int, default=0, help=f"the first; from {FRESH} on, they are fresh")
+    add("--conditions", type=text, help=f"of these, by default those of the regime: {known}")
+    add("--tasks", type=text, help="of count, compare, add; by default those of the regime")
+    add("--seeds", type=seeds, default=MAIN_SEEDS, help=f"of {', '.join(MAIN)}")
+    add("--other-seeds", type=seeds, default=OTHER_SEEDS, help="of the other conditions")
+    add("--first-seed", type=seeds, default=0, help=f"from {FRESH} on, they are fresh")
     others = f"{OPTIONS}, and those of the regime"
-    add("--options", help=f"of train.py, for every run, in the place of: {others}")
-    add("--out", default="out/study", help="where study.csv and the runs go")
-    add("--workers", type=int, default=os.cpu_count(), help="runs at a time, one core each")
+    add("--options", type=text, help=f"of train.py, for every run, in the place of: {others}")
+    add("--out", type=text, default="out/study", help="where study.csv and the runs go")
+    workers = train.number(int, 1, 1000)
+    add("--workers", type=workers, default=os.cpu_count(), help="runs at a time, one core each")
     add("--table", action="store_true", help="run nothing, print the tables")
     return parser
 
 
-def asked_for(parser, args) -> list[tuple[str, str, int]]:
+def asked_for(args) -> list[tuple[str, str, int]]:
     """The jobs that the options ask for."""
     regime = REGIMES[args.regime]
     conditions = args.conditions.split(",") if args.conditions else regime.conditions
     tasks = args.tasks.split(",") if args.tasks else regime.tasks
-    unknown = (set(conditions) - set(CONDITIONS)) | (set(tasks) - set(TASKS))
+    unknown = [name for name in conditions if name not in CONDITIONS]
+    unknown += [name for name in tasks if name not in TASKS]
     if unknown:
-        parser.error(f"unknown: {', '.join(sorted(unknown))}")
+        raise InputError(f"unknown: {', '.join(unknown)}; --help lists the conditions and tasks")
     past = set(conditions) - set(RUNNABLE)
     if past:
-        parser.error(f"{', '.join(sorted(past))}: run by commit 325f1a5 (git checkout 325f1a5)")
+        said = "run by commit 325f1a5 (git checkout 325f1a5)"
+        raise InputError(f"{', '.join(sorted(past))}: {said}")
     if args.quick:
         return planned(MAIN, tasks[:1], 2, 2)
-    return planned(conditions, tasks, args.seeds, args.other_seeds, args.first_seed)
+    jobs = planned(conditions, tasks, args.seeds, args.other_seeds, args.first_seed)
+    if not jobs and not args.table:
+        raise InputError("--seeds, --other-seeds: both are 0 for these conditions: nothing to run")
+    return jobs
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = build_parser()
-    args = parser.parse_args(argv)
+def options_of_train(args) -> str:
+    """The options of every run besides the condition's own. InputError where they make no sense."""
+    options = f"{OPTIONS} {REGIMES[args.regime].options}".strip()
+    if args.options:
+        options = (
+            f"{REGIMES[args.regime].options} {args.options}".strip()
+        )  # these have the last word
+    try:
+        words = shlex.split(options)
+    except ValueError as error:
+        raise InputError(f"--options {args.options!r}: {error}") from None
+    for word in words:
+        option = word.split("=")[0]
+        if option in OWN_OPTIONS:
+            raise InputError(f"--options: not {option}, of which each run has its own")
+    return options
+
+
+def check(jobs, options: str) -> None:
+    """A mistake in the options of train.py ends here, not in every run."""
+    one_of_each = {condition: (task, seed) for task, condition, seed in jobs}
+    for condition, (task, seed) in one_of_each.items():
+        argv = shlex.split(f"--task {task} --seed {seed} {options} {CONDITIONS[condition].options}")
+        try:
+            args = train.resolve_options(["--device", "cpu", *argv])
+            if args.steps == 0:
+                raise InputError("--steps 0: leaves nothing to compare")
+            train.build_weigh(args)
+            train.build_judge(args)
+            if args.log:
+                train.load_function("--log", args.log)
+        except InputError as error:
+            raise InputError(f"--options, condition {condition}: {error}") from None
+
+
+def make(argv: list[str] | None) -> None:
+    args = build_parser().parse_args(argv)
     try:
         import scipy  # noqa: F401
-    except ImportError:
-        parser.error("the tables need scipy: pip install scipy")
-    jobs = asked_for(parser, args)
-    regime = REGIMES[args.regime]
-    if args.options:
-        options = f"{regime.options} {args.options}".strip()  # these have the last word
-    else:
-        options = f"{OPTIONS} {regime.options}".strip()
+    except Exception as error:  # it is not there, or does not fit the packages beside it
+        raise InputError(f"pip install scipy, for the tables ({in_one_line(error)})") from None
+    jobs = asked_for(args)
+    options = options_of_train(args)
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    there = {r["options"] for r in read(out / "study.csv") if r["regime"] == args.regime}
-    others = there - {options}
-    if others:
-        said = f"{out} holds runs with other --options ({others.pop()}); name another --out"
-        parser.error(said)
-    train.build_parser().parse_args(shlex.split(options))  # a mistake ends here, not in every run
     if not args.table:
+        there = {r["options"] for r in read(out / "study.csv") if r["regime"] == args.regime}
+        for other in there - {options}:
+            raise InputError(f"{out} holds runs with other --options ({other}); name another --out")
+        check(jobs, options)
+        out.mkdir(parents=True, exist_ok=True)
+        folder = train.Run(out)
+        folder.lock()  # two studies there would take each other's runs away
         study(jobs, out, args.regime, options, args.workers)
     rows = read(out / "study.csv")
     if not rows:
-        parser.error(f"{out / 'study.csv'} has no runs yet; leave out --table")
+        raise InputError(f"{out / 'study.csv'} has no runs yet; leave out --table")
     text = tables(rows)
     (out / "study.md").write_text(text + "\n", encoding="utf-8")
     print(text)
 
 
+def main(argv: list[str] | None = None) -> int:
+    return exit_code(make, argv, "stopped; the same command goes on, with what is recorded")
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -5,6 +5,7 @@ from the functions of `readings.py`, numbers and corruptions are options.
 """
 
 import shlex
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -130,3 +131,8 @@ for group, conditions in zip("ABCD", (READINGS, CONTROLS, HELPS, RELATIVES), str
     for name, (what, options) in conditions.items():
         CONDITIONS[name] = Condition(group, what, options)
 RUNNABLE = [name for name, condition in CONDITIONS.items() if condition.options is not PAST]
+
+
+if __name__ == "__main__":
+    print("error: no script: python extras/study.py --conditions NAME,NAME", file=sys.stderr)
+    sys.exit(2)

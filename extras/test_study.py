@@ -94,9 +94,8 @@ def test_what_cannot_be_run_any_more_is_tabled_and_refused(capsys, tmp_path):
     assert not past & set(study.REGIMES["default"].conditions)
     pytest.importorskip("scipy", reason="pip install scipy")
     for conditions, said in (("grpo,zero-mean", "zero-mean: run by commit"), ("k9", "unknown: k9")):
-        with pytest.raises(SystemExit) as stopped:
-            study.main(["--conditions", conditions, "--out", str(tmp_path)])
-        assert stopped.value.code == 2 and said in capsys.readouterr().err
+        assert study.main(["--conditions", conditions, "--out", str(tmp_path)]) == 2
+        assert said in capsys.readouterr().err
 
 
 # ---- regimes and runs
@@ -143,13 +142,13 @@ def test_a_run_becomes_a_row_and_is_not_repeated(cache, tmp_path, monkeypatch):
     assert args.weights.endswith("readings.py:k3") and (args.seed, args.w_max) == (3, 2)
     study.append(tmp_path / "study.csv", row)
 
-    def no_pool(kind):
+    def no_worker(*_):
         raise AssertionError("nothing is left to run")
 
-    monkeypatch.setattr(study.multiprocessing, "get_context", no_pool)
-    study.study([job], tmp_path, "default", options, workers=1)
+    monkeypatch.setattr(study, "Worker", no_worker)
+    study.study([job], tmp_path, "default", options, 1)
     with pytest.raises(AssertionError, match="nothing is left"):
-        study.study([job], tmp_path, "slow", options, workers=1)  # of another regime
+        study.study([job], tmp_path, "slow", options, 1)  # of another regime
 
 
 def test_last_evaluations_show_other_images(cache, tmp_path, monkeypatch):
@@ -173,7 +172,7 @@ def test_last_evaluations_show_other_images(cache, tmp_path, monkeypatch):
 
 
 def test_a_failed_run_says_why(tmp_path):
-    with pytest.raises(RuntimeError, match="--w-min 3.0: above --w-max 2.0"):
+    with pytest.raises(data.InputError, match="--w-min 3.0: above --w-max 2.0"):
         study.trained(tmp_path / "run", "--w-min 3 --w-max 2")
 
 

@@ -11,6 +11,13 @@ The prompts must ask for <perception>, <reasoning> and <answer> blocks, as in sr
 """
 
 import inspect
+import sys
+
+if __name__ == "__main__":
+    print(
+        "error: no script: in a training script `from trl_srpo import SRPOTrainer`", file=sys.stderr
+    )
+    sys.exit(2)
 
 import torch
 import trl

@@ -13,6 +13,13 @@ actor's workers score the responses twice more, with corrupted images and with t
 out. Then it puts A_hat, step 7, in the place of the advantages, before they go to the actor.
 """
 
+import sys
+
+if __name__ == "__main__":
+    how = "VERL_USE_EXTERNAL_MODULES=verl_srpo python -m verl.trainer.main_ppo ..."
+    print(f"error: no script: {how}, as in its first lines", file=sys.stderr)
+    sys.exit(2)
+
 import torch
 import transfer_queue as tq
 import verl

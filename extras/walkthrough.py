@@ -282,11 +282,11 @@ for w_min, w_max in ((0.8, 1.2), (0.5, 2.0), (0.1, 10.0)):
 #
 # What should one expect of a real model? Below, the same figures of a language model of 135 million parameters
 # (SmolLM2) behind a new vision tower, after a cold start on the same task. It writes the form, and does not use its
-# vision tower yet. Its weights are not part of the project: the figures were measured once, at commit 1f8abce, by
+# vision tower yet. Its weights are not part of the project: the figures were measured once, by
 #
 # ```sh
-# python train.py --model FOLDER --task count --train-vision \
-#     --warmup-steps 60 --warmup-lr 2e-4 --steps 0 --out out/smol
+# python train.py --model FOLDER --warmup-steps 60 --steps 0 --image-size 112 \
+#     --max-new-tokens 96 --out out/smol  # ends after 20 steps: all of 16 responses have the form
 # python extras/distribution.py --model out/smol/warmed-up --prompts 8 --max-new-tokens 128
 # ```
 
@@ -306,8 +306,8 @@ display(pictures.intervals(rows, "contrast in nats: 5 %, median, 95 % of the tok
 # The language model reads its own perception, so its reasoning has large contrasts. It hardly looks at the image, so
 # its perception has contrasts near 0. One baseline for both lies between them: nearly all perception tokens fall below
 # it and get the lower limit. While perception is not grounded, the shared baseline takes credit *from* it, the
-# opposite of what the method is for. And weights above 1 go to tokens of which the policy is sure already (entropy of
-# about 0.2 nats in both models), where there is little left to learn.
+# opposite of what the method is for. And weights above 1 go to tokens of which the policy is surer already (their
+# entropy is about half that of the others, in both models), where there is less left to learn.
 #
 # **In the paper, look for** exactly this: whether the baseline is a mean over tokens, over roles or over the group;
 # whether contrasts are standardized first; which limits and which τ; how the mean weights of the two roles develop in
