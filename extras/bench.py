@@ -342,11 +342,8 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     add("--shape", default="short,long", help=f"of {', '.join([*SHAPES, *REAL])}")
     add("--model", choices=MODELS, help=f"of {', '.join(REAL)}; else qwen2-vl-2b")
     add("--micro-batch", type=count, help="responses, as in train.py; else all, of a --model 8")
-    add(
-        "--conditions",
-        type=train.filled,
-        help=f"else {CONDITIONS}; of a --model: {CONDITIONS_REAL}",
-    )
+    known = f"else {CONDITIONS}; of a --model: {CONDITIONS_REAL}"
+    add("--conditions", type=train.filled, help=known)
     add("--turns", type=count, default=3, help="how often each condition runs")
     add("--steps", type=count, default=7, help="steps a turn, of which two warm up")
     add("--against", type=Path, metavar="DIR", help="another version, to run and compare with")

@@ -165,6 +165,9 @@ def rows(policy: model.Policy, batch: credit.Batch, args):
 
 # ---- how much of a contrast is the draw of the mask
 
+BY_MASK = ("true, hidden", "true, not", "false, hidden", "false, not")
+BY_MASK += ("AUC hidden", "AUC true, hidden", "AUC true, not")
+
 
 def hidden_cells(policy: model.Policy, batch: credit.Batch, args, step: int) -> list[set[str]]:
     """Of each prompt, the cells of which more than half is masked in the draw of a step."""
@@ -188,32 +191,26 @@ def hidden_cells(policy: model.Policy, batch: credit.Batch, args, step: int) -> 
     return found
 
 
-def by_mask(batch: credit.Batch, delta: Tensor, hidden: list[set[str]]) -> dict[str, list[float]]:
-    """Contrasts of words, true and false, hidden and not, and three AUC of each response."""
-    found = {}
-
-    def keep(name, values):
-        found.setdefault(name, []).extend(values)
-
+def by_mask(batch: credit.Batch, delta: Tensor, hidden: list[set[str]], found: dict) -> None:
+    """Add to `found`: contrasts of words, true and false, hidden and not; AUC of each response."""
     for row, (text, offsets) in enumerate(batch.responses):
         prompt = int(batch.rollout.prompt[row])
         scores = delta[row, : len(offsets)].numpy()
         label = labels(text, offsets, batch.examples[prompt], hidden[prompt])
-        for word, is_true in (("true", 1), ("false", 0)):
-            for where, is_hidden in (("hidden", 1), ("not", 0)):
-                chosen = (label["true"] == is_true) & (label["hidden"] == is_hidden)
-                keep(f"{word}, {where}", scores[chosen])
-        among_hidden = np.where(label["hidden"] == 1, label["true"], -1)
-        among_others = np.where(label["hidden"] == 0, label["true"], -1)
+        is_hidden = label["hidden"] == 1
+        is_not = label["hidden"] == 0
+        found["true, hidden"].extend(scores[is_hidden & (label["true"] == 1)])
+        found["true, not"].extend(scores[is_not & (label["true"] == 1)])
+        found["false, hidden"].extend(scores[is_hidden & (label["true"] == 0)])
+        found["false, not"].extend(scores[is_not & (label["true"] == 0)])
         areas = {
             "AUC hidden": auc(scores, label["hidden"]),
-            "AUC true, hidden": auc(scores, among_hidden),
-            "AUC true, not": auc(scores, among_others),
+            "AUC true, hidden": auc(scores, np.where(is_hidden, label["true"], -1)),
+            "AUC true, not": auc(scores, np.where(is_not, label["true"], -1)),
         }
         for name, area in areas.items():
             if area is not None:
-                keep(name, [area])
-    return found
+                found[name].append(area)
 
 
 def mask_tables(policy: model.Policy, batch: credit.Batch, args, draws: int):
@@ -221,13 +218,12 @@ def mask_tables(policy: model.Policy, batch: credit.Batch, args, draws: int):
     logp_blank = credit.blank_log_probs(policy, batch, args)
     args = argparse.Namespace(**{**vars(args), "corruption": "patch"})
     masked = []  # of each draw, log-probs [B, T]
-    found = {}
+    found = {name: [] for name in BY_MASK}
     for draw in range(draws):
         logp = credit.corrupted_log_probs(policy, batch, args, step=draw)
         delta = contrast_scores(batch.rollout.logp, logp, logp_blank, batch.roles)
         hidden = hidden_cells(policy, batch, args, step=draw)
-        for name, values in by_mask(batch, delta, hidden).items():
-            found.setdefault(name, []).extend(values)
+        by_mask(batch, delta, hidden, found)
         masked.append(logp)
     single = [("one mask", {name: mean(np.array(values)) for name, values in found.items()})]
     averaged = []

@@ -223,6 +223,24 @@ def test_what_is_not_there_is_one_line_and_leaves_nothing(tmp_path, capsys, monk
     complaint("cannot be loaded, split train", name, tmp_path, capsys)
 
 
+def test_a_data_set_without_rows_is_one_line(tmp_path, capsys, monkeypatch):
+    def load_dataset(name, split):
+        return datasets.Dataset.from_dict({"image": [], "question": [], "answer": []})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    complaint("has no rows, split train", "owner/name", tmp_path, capsys)
+
+
+def test_a_data_set_with_damaged_files_is_one_line(tmp_path, capsys):
+    rows = {"image": PICTURES, "question": ASKED, "answer": ASKED}
+    name = saved(tmp_path / "rows", rows, kind=datasets.Image())
+    (file,) = (tmp_path / "rows").glob("*.arrow")
+    content = file.read_bytes()
+    for length in (0, 100, len(content) // 2):
+        file.write_bytes(content[:length])
+        complaint("", name, tmp_path, capsys)
+
+
 def test_without_the_package_there_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert from_hub.main(["name", str(tmp_path / "out")]) == 2
