@@ -304,10 +304,10 @@ def say_trouble(history: list[dict]) -> None:
         said = f"rewards did not differ in any group for {idle} steps"
     else:
         return
-    if now["truncated"] > 0.5:
-        cause = "most responses are cut off; try a larger --max-new-tokens"
-    elif formless and first["format"] > 0.5:
+    if formless and first["format"] > 0.5:
         cause = f"{first['format']:.0%} had them in step {first['step']}; try a lower --lr"
+    elif now["truncated"] > 0.5:
+        cause = "most responses are cut off; try a larger --max-new-tokens"
     elif formless:
         cause = "try --warmup-steps 60, which imitates demonstrations first"
     elif now["accuracy"] > 0.5:

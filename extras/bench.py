@@ -235,7 +235,7 @@ def call(name: str, command: list[str]) -> str:
     command = [sys.executable, *command]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode != 0:
-        code = f"exit code {done.returncode} (-9: killed, as when memory runs out)"
+        code = f"exit code {done.returncode} (where it is -9: killed, as when memory runs out)"
         last = [code, *done.stderr.strip().splitlines()][-1]
         raise InputError(f"{name}: {last}")
     return done.stdout
@@ -340,7 +340,7 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     count = train.number(int, 1)
     add("--shape", default="short,long", help=f"of {', '.join([*SHAPES, *REAL])}")
-    add("--model", choices=MODELS, help=f"of {', '.join(REAL)}; else qwen2-vl-2b")
+    add("--model", choices=MODELS, default="qwen2-vl-2b", help=f"of {', '.join(REAL)}")
     add("--micro-batch", type=count, help="responses, as in train.py; else all, of a --model 8")
     known = f"else {CONDITIONS}; of a --model: {CONDITIONS_REAL}"
     add("--conditions", type=train.filled, help=known)
@@ -392,10 +392,7 @@ def whole_patches(height: int, width: int, side: int, *_) -> tuple[int, int]:
 
 def measure_all(argv: list[str] | None) -> None:
     args = options(argv)
-    name = args.model
-    if name is None:
-        name = "qwen2-vl-2b"
-    bench_models.add_real_shapes(name, args.layers)
+    bench_models.add_real_shapes(args.model, args.layers)
     model.smart_resize = whole_patches
     if args.one:
         condition, shape, folder = args.one
@@ -405,7 +402,7 @@ def measure_all(argv: list[str] | None) -> None:
         return
     for shape in args.shape.split(","):
         if shape == "real" and args.device == "cpu":
-            print(f"no GPU: four layers of {name} and 16 tokens a response")
+            print(f"no GPU: four layers of {args.model} and 16 tokens a response")
             shape = "cut"
         bench(args, shape)
 

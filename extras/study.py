@@ -23,6 +23,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -41,6 +42,7 @@ import transformers  # noqa: E402
 from script import exit_code, in_one_line  # noqa: E402
 from study_conditions import CONDITIONS, RUNNABLE  # noqa: E402
 from study_tables import CREDIT, FRESH, OUTCOMES, TASKS  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 from workers import Worker, done  # noqa: E402
 
 import data  # noqa: E402
@@ -206,6 +208,7 @@ def prepare(cache: str, regime: str) -> None:
     """A worker: two runs beside each other are faster than one on two cores."""
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
+    tqdm.set_lock(threading.RLock())  # its own would outlive a worker that is killed
     os.environ["XDG_CACHE_HOME"] = cache  # warmed-up models belong to the study, and to the regime
     install = REGIMES[regime].install
     if install is not None:
@@ -302,7 +305,11 @@ def lacking(jobs, rows: list[dict], regime: str) -> list:
 
 def study(jobs, out: Path, regime: str, options: str, count: int) -> None:
     """Run what `DIR/study.csv` lacks, `count` runs at a time."""
-    todo = lacking(jobs, read(out / "study.csv"), regime)
+    rows = read(out / "study.csv")
+    there = {row["options"] for row in rows if row["regime"] == regime}
+    for other in there - {options}:
+        raise InputError(f"{out} holds runs with other --options ({other}); name another --out")
+    todo = lacking(jobs, rows, regime)
     if not todo:
         return
     (out / "study.csv").open("a").close()  # where it cannot be written, that is said now
@@ -424,9 +431,6 @@ def make(argv: list[str] | None) -> None:
     options = options_of_train(args)
     out = Path(args.out)
     if not args.table:
-        there = {r["options"] for r in read(out / "study.csv") if r["regime"] == args.regime}
-        for other in there - {options}:
-            raise InputError(f"{out} holds runs with other --options ({other}); name another --out")
         check(jobs, options)
         out.mkdir(parents=True, exist_ok=True)
         folder = train.Run(out)

@@ -38,7 +38,8 @@ class Worker:
             self.process.join()
             result = None
             problem = f"its process ended with code {self.process.exitcode}"
-            problem += " (-9: killed, as when memory runs out; lower --workers)"
+            if self.process.exitcode == -signal.SIGKILL:
+                problem += ", killed, as when memory runs out (lower --workers)"
         if problem is not None:
             kept = "what is recorded stays, and the same command goes on"
             raise InputError(f"{self.name}: {problem}; {kept}")
