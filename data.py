@@ -524,7 +524,7 @@ class OwnTask:
         for name in names:
             try:
                 if not (self.path.parent / name).is_file():  # a pipe would be waited for
-                    raise OSError("no such file")
+                    raise OSError("No such file")
                 file = (self.path.parent / name).read_bytes()
                 images.append(open_image(io.BytesIO(file)))
             except Exception as error:  # decoders raise nearly anything on damaged files

@@ -156,11 +156,7 @@ def train(args: argparse.Namespace, run: "Run") -> None:
                 stats["loss"] = loss
                 for name in totals:
                     totals[name] += stats[name].item() / args.inner_epochs
-            scaler.unscale_(optimizer)
-            grad_norms.append(clip_gradient(optimizer, scaler, run, step))
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            grad_norms.append(optimizer_step(optimizer, scaler, run, step))
         clock.append(time.perf_counter())
 
         # 6. Report, evaluate, save.
@@ -272,6 +268,18 @@ def token_metrics(rollout, old_logp, roles, w) -> dict:
         "w_reasoning": w[roles == Role.REASONING],
     }
     return {name: x.mean().item() if len(x) else None for name, x in values.items()}
+
+
+def optimizer_step(optimizer, scaler, run: "Run", step: int) -> float | None:
+    """A step along the gradients that have added up. Returns what `clip_gradient` does."""
+    if all(parameter.grad is None for parameter in optimizer.param_groups[0]["params"]):
+        return 0.0  # no response has an advantage
+    scaler.unscale_(optimizer)
+    norm = clip_gradient(optimizer, scaler, run, step)
+    scaler.step(optimizer)  # not taken where float16 has overflowed
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
 
 
 def clip_gradient(optimizer, scaler, run: "Run", step: int) -> float | None:
@@ -570,7 +578,7 @@ def warmed_up(args, run: "Run", task) -> str:
         return args.model
     if not folder.exists():
         policy = load_policy(args, args.model)
-        imitate(policy, args, task)
+        imitate(policy, args, run, task)
         write_folder(folder, policy.save)
     return str(folder)
 
@@ -587,7 +595,7 @@ def cache_folder(run: "Run") -> Path:
     return folder
 
 
-def imitate(policy, args, task) -> None:
+def imitate(policy, args, run: "Run", task) -> None:
     """A cold start: supervised steps on demonstrations, the last fifth with --warmup-noise.
 
     A real model stops once it has learned the form, except with --train-vision: that is to learn
@@ -621,11 +629,7 @@ def imitate(policy, args, task) -> None:
             rows = slice(start, start + args.micro_batch)
             logp = policy.log_probs(prompts, written[rows], temperature=1.0)
             scaler.scale(-logp.sum() / written.mask.sum()).backward()
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer_step(optimizer, scaler, run, step + 1)
         if model.is_tiny(args.model):
             continue
         last = step + 1 == args.warmup_steps

@@ -211,7 +211,7 @@ BAD_ROWS = [
     ({"image": None}, "image must be a file name, not missing"),
     ({"image": "data:image/png;base64,iVBO"}, "extras/from_hub.py"),
     ({"images": ["0.png"]}, "image and images; give one"),
-    ({"system": 3}, "system must be text"),
+    ({"system": ["s"]}, "system must be text"),
     ({"messages": []}, "messages is not read"),
     ({"question": ["q"]}, "question must be text, not list"),
     ({"question": None}, "question must be text, not missing"),

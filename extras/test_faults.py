@@ -84,7 +84,7 @@ def test_an_image_that_is_a_pipe_is_not_waited_for(jsonl, tmp_path, capsys):  # 
     (tmp_path / "3.png").unlink()
     os.mkfifo(tmp_path / "3.png")
     message = complaint(capsys, "--data", path, "--out", tmp_path / "out")
-    assert "rows.jsonl:4: image 3.png cannot be read (no such file)" in message
+    assert "rows.jsonl:4: image 3.png cannot be read (No such file)" in message
 
 
 # ---- in the middle of a run

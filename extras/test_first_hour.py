@@ -138,7 +138,10 @@ FORMLESS = {**WELL, "format": 0.0, "used_groups": 3}  # chance tags give a sprea
         ([FORMLESS] * 5, "try --warmup-steps 60"),
         ([{**FORMLESS, "truncated": 0.75}] * 5, "most responses are cut off; try a larger"),
         ([WELL, *[FORMLESS] * 5], "100% had them in step 1; try a lower --lr"),
-        ([WELL, *[{**FORMLESS, "truncated": 1.0}] * 5], "100% had them in step 1; try a lower --lr"),
+        (
+            [WELL, *[{**FORMLESS, "truncated": 1.0}] * 5],
+            "100% had them in step 1; try a lower --lr",
+        ),
         ([WELL] * 4, ""),
         ([WELL] * 6, ""),
         ([*[WELL] * 4, {**WELL, "used_groups": 1}, WELL], ""),

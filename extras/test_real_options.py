@@ -71,6 +71,15 @@ def test_float16_trains_and_samples_as_it_scores(tmp_path):
     assert state["scaler"]["scale"] == 1024  # goes on with a resumed run
 
 
+def test_a_step_without_advantages_is_taken_in_float16_too(tmp_path):
+    (tmp_path / "my.py").write_text("def same(text, example):\n    return 0.5\n")
+    argv = [*QUICK, *SMALL, *COLD, "--steps", 1, "--max-new-tokens", 6, "--dtype", "float16"]
+    _, (record,) = run(tmp_path / "out", *argv, "--reward", f"{tmp_path / 'my.py'}:same")
+    assert record["used_groups"] == 0
+    assert record["grad_norm"] == 0
+    assert record["skipped"] == 0
+
+
 def test_an_overflow_of_float16_leaves_the_step_out():
     optimizer = overflowing_optimizer()
     before = optimizer.param_groups[0]["params"][0].clone()
