@@ -28,7 +28,7 @@ import pictures  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import train  # noqa: E402
-from data import InputError  # noqa: E402
+from data import InputError, first_line  # noqa: E402
 from srpo import Role, shared_baseline  # noqa: E402
 
 GROUPS = 2  # of a kind of run
@@ -43,9 +43,23 @@ def read_run(folder: Path) -> dict:
     args = credit.read_options(folder)
     try:
         records = train.Run(folder).log()
+        for record in records:
+            check(record)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: its metrics.jsonl is damaged ({error})") from None
     return {"name": folder.name, "path": folder, "args": args, "records": records}
+
+
+def check(record) -> None:
+    """ValueError where it is not one that train.py writes."""
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise ValueError(f"a record without its step: {str(record)[:40]}")
+    figures = record.get("eval", record)
+    if not isinstance(figures, dict):
+        raise ValueError(f"step {record['step']}: an evaluation without figures")
+    for name, value in figures.items():
+        if value is not None and not isinstance(value, int | float | list):
+            raise ValueError(f"step {record['step']}: {name} is not a number: {value!r}")
 
 
 def sample_groups(folder: Path) -> list[dict]:
@@ -126,6 +140,9 @@ def add_groups(runs: list[dict]) -> None:
                 break
             except InputError as error:
                 run["missing"] = str(error)
+            except (TypeError, KeyError, ValueError) as error:  # options changed by hand
+                said = f"its args.json does not hold the options of a run ({first_line(error)})"
+                run["missing"] = f"{run['path']}: {said}"
 
 
 # ---- credit, as HTML

@@ -160,9 +160,13 @@ def test_a_folder_that_is_not_of_a_run_is_named(options, tmp_path, capsys):
     assert said.count("\n") == 1
 
 
-def test_damaged_records_are_named(tmp_path, capsys):
+DAMAGED = ["{", "[1]", '{"reward": 1}', '{"step": 0, "eval": null}', '{"step": 1, "reward": "x"}']
+
+
+@pytest.mark.parametrize("line", DAMAGED)
+def test_damaged_records_are_named(line, tmp_path, capsys):
     run = make_run(tmp_path, 0, 0.5)
-    (run / "metrics.jsonl").write_text("{\n")
+    (run / "metrics.jsonl").write_text(f"{line}\n")
     assert report.main([str(run)]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"error: {run}: its metrics.jsonl is damaged")
@@ -314,3 +318,14 @@ def test_no_label_is_cut_off(tmp_path):
         box = label.get_window_extent()
         assert 0 <= box.x0 <= box.x1 <= width, label
         assert 0 <= box.y0 <= box.y1 <= height, label
+
+
+def test_options_changed_by_hand_leave_the_curves(tmp_path, monkeypatch):
+    run = make_run(tmp_path, 0, 0.5)
+
+    def fail(folder):
+        raise KeyError("chess")
+
+    monkeypatch.setattr(report, "sample_groups", fail)
+    assert report.main([str(run)]) == 0
+    assert "its args.json does not hold the options of a run" in (run / "report.html").read_text()
