@@ -576,7 +576,8 @@ def load(
             base = adapters["base_model_name_or_path"]
             if (Path(name) / "preprocessor_config.json").exists():  # what their training saw
                 seen = Qwen2VLImageProcessorPil.from_pretrained(name).size["longest_edge"]
-                max_pixels = min(seen, max_pixels or seen)
+                if max_pixels is None or seen < max_pixels:
+                    max_pixels = seen
             policy = load(base, device=device, dtype=dtype, max_pixels=max_pixels, frozen=True)
             policy.add_lora(adapters["r"], folder=name)
             return policy

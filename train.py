@@ -486,8 +486,6 @@ def prepare(args, run: "Run", task):
     initial = warmed_up(args, run, task)
     policy = load_policy(args, run.checkpoint() or initial)
     trained = trainable(policy, args)
-    if args.recompute:
-        model.recompute_layers(policy.model)
     reference = None  # with adapters of its own it is the policy without them
     if args.kl_coef > 0 and (not args.lora or model.adapter_config(initial)):
         reference = load_policy(args, initial)
@@ -549,7 +547,10 @@ def what_it_takes(policy, tokens: int, visual_tokens: int, args) -> str:
 def load_policy(args, name) -> model.Policy:
     options = {"device": args.device, "max_pixels": args.max_pixels, "seed": args.seed}
     dtype = getattr(torch, args.dtype)
-    return model.load(str(name), dtype=dtype, frozen=bool(args.lora), **options)
+    policy = model.load(str(name), dtype=dtype, frozen=bool(args.lora), **options)
+    if args.recompute:
+        model.recompute_layers(policy.model)
+    return policy
 
 
 def trainable(policy, args) -> list:

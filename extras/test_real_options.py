@@ -345,6 +345,21 @@ def test_a_cold_start_says_how_many_have_the_form(hub, tmp_path, capsys):
     assert "raise --warmup-steps, --warmup-lr" in said
 
 
+def test_a_cold_start_recomputes_layers_too(hub, tmp_path, monkeypatch):
+    policies = []
+    recompute = model.recompute_layers
+
+    def noted(net):
+        policies.append(net)
+        recompute(net)
+
+    monkeypatch.setattr(model, "recompute_layers", noted)
+    monkeypatch.setattr(train, "responses_with_form", lambda *_: 16)
+    argv = ["--model", hub, *COLD, *SMALL, "--steps", 0, "--warmup-steps", 1, "--recompute"]
+    run(tmp_path / "out", *argv)
+    assert len(policies) == 2  # the one that imitates, and the one that is trained
+
+
 def test_a_cold_start_ends_when_the_form_is_learned(hub, tmp_path, capsys, monkeypatch):
     counts = iter([3, 16])
     monkeypatch.setattr(train, "responses_with_form", lambda *_: next(counts))
