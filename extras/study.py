@@ -389,10 +389,8 @@ def asked_for(args) -> list[tuple[str, str, int]]:
 def options_of_train(args) -> str:
     """The options of every run besides the condition's own. InputError where they make no sense."""
     options = f"{OPTIONS} {REGIMES[args.regime].options}".strip()
-    if args.options:
-        options = (
-            f"{REGIMES[args.regime].options} {args.options}".strip()
-        )  # these have the last word
+    if args.options:  # these have the last word
+        options = f"{REGIMES[args.regime].options} {args.options}".strip()
     try:
         words = shlex.split(options)
     except ValueError as error:
