@@ -370,7 +370,7 @@ def summarize(run: "Run") -> None:
     shown = [evaluations[0]]
     if len(evaluations) > 1:
         shown.append(evaluations[-1])
-    temperature = shown[0]["eval"]["temperature"]
+    temperature = shown[-1]["eval"]["temperature"]
     how = f"sampled at temperature {temperature}"
     if temperature == 0:
         how = "the likeliest token each time"
@@ -382,7 +382,8 @@ def summarize(run: "Run") -> None:
             print(f"{name:12}" + "".join(f"{value:10.3f}" for value in values))
     print("\n{question}  (answer: {answer})".format(**shown[0]["samples"][0]))
     for record in shown:
-        print("step {}, {verdict}: {response}".format(record["step"], **record["samples"][0]))
+        sample = record["samples"][0]
+        print(f"step {record['step']}, {sample.get('verdict', 'answered')}: {sample['response']}")
     print(f"\nmetrics and checkpoint: {run.path}")
     best = max(evaluations, key=lambda record: record["eval"]["accuracy"])
     if (run.path / "best").exists():
@@ -676,13 +677,15 @@ class Run:
 
     def claim(self, options: dict) -> None:
         """Make the folder, with the run's options in it."""
-        if any(file.name not in ("args.json", "lock") for file in self.path.glob("*")):
+        left = ("args.json", "data.sha256", "lock")  # by a run that never began
+        if any(file.name not in left for file in self.path.glob("*")):
             advice = "give a new folder"
             if (self.path / "args.json").exists():
                 advice = f"--resume {self.path} goes on with it"
             raise InputError(f"--out {self.path}: not empty; {advice}")
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock()
+        (self.path / "data.sha256").unlink(missing_ok=True)
         text = json.dumps(options, indent=1)
         (self.path / "args.json").write_text(text + "\n", encoding="utf-8")
 
@@ -780,7 +783,7 @@ class Run:
         try:
             state = torch.load(checkpoint / "trainer.pt", map_location=device, weights_only=True)
             optimizer.load_state_dict(state["optimizer"])
-            scaler.load_state_dict(state["scaler"])
+            scaler.load_state_dict(state.get("scaler", {}))  # earlier versions had none
             return int(state["step"])
         except Exception as error:  # a cut file, a foreign one
             if is_out_of_memory(error):

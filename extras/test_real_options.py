@@ -385,6 +385,17 @@ def test_other_data_on_resume_is_refused(jsonl, tmp_path, capsys):  # noqa: F811
     assert [record["step"] for record in numbers(out)][-1] == 2
 
 
+def test_a_run_that_never_began_leaves_its_folder_to_other_data(jsonl, tmp_path):  # noqa: F811
+    out = tmp_path / "out"
+    path = jsonl()
+    argv = [*QUICK, *SMALL, *COLD, "--data", path, "--steps", 1, "--out", out]
+    assert train.main([*map(str, argv), "--model", str(tmp_path / "none")]) == 2
+    assert (out / "data.sha256").exists()
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[1:]) + "\n")
+    assert train.main([str(word) for word in argv]) == 0
+
+
 def complaint_after_notes(capsys, *argv) -> str:
     capsys.readouterr()
     assert train.main([str(word) for word in argv]) == 2
