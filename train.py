@@ -984,7 +984,13 @@ def open_run(argv: list[str]) -> tuple[argparse.Namespace, Run]:
         run = Run(args.out or new_folder(args))
         run.claim({"argv": argv, "cwd": os.getcwd(), **vars(args)})
     if args.log:
-        run.send = load_function("--log", args.log)(run.path, vars(args))
+        try:
+            run.send = load_function("--log", args.log)(run.path, vars(args))
+        except InputError:
+            raise
+        except (Exception, SystemExit) as error:  # whatever the function does
+            said = f"cannot start ({type(error).__name__}, {first_line(error)})"
+            raise InputError(f"--log {args.log}: {said}") from None
     return args, run
 
 
@@ -1021,6 +1027,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args, run = open_run(sys.argv[1:] if argv is None else argv)
         train(args, run)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # where nobody reads, this fails here and not at the exit
         return 0
     except KeyboardInterrupt as stop:  # what was whole stays, a step in progress is dropped
         went = f"go on with: python train.py --resume {run.path}" if run else "nothing was begun"

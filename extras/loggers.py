@@ -25,7 +25,7 @@ from data import InputError
 WAYS_OUT = {
     "tensorboard": "pip install -U tensorboard",
     "wandb": "wandb login, or WANDB_MODE=offline, or pip install -U wandb",
-    "trackio": "another TRACKIO_DIR, or pip install -U trackio",
+    "trackio": "another TRACKIO_DIR, _SERVER_URL or _SPACE_ID, or pip install -U trackio",
 }
 
 

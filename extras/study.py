@@ -140,9 +140,8 @@ def trained(folder: Path, options: str) -> None:
     if status >= 128:  # a signal: this process is to end
         sys.exit(status)
     if status != 0:
-        last = said.buffer.getvalue().decode().strip().splitlines()[-1]
-        problem = last.removeprefix("error: ")
-        raise InputError(f"{problem} (python train.py {shlex.join(argv)})")
+        last = said.buffer.getvalue().decode().strip().splitlines()[-1].removeprefix("error: ")
+        raise InputError(f"{last} (python train.py {shlex.join(argv)})")
 
 
 def name_of(task: str, condition: str, seed: int, regime: str) -> str:
@@ -320,8 +319,7 @@ def study(jobs, out: Path, regime: str, options: str, count: int) -> None:
         models[f"warm-up of {task}, seed {seed}"] = (task, seed, out, options)
     said = f"{len(models)} warmed-up models, {len(todo)} runs, {count} at a time"
     print(said, file=sys.stderr)
-    for _ in done(warm, models, workers):
-        pass
+    list(done(warm, models, workers))
     start = time.perf_counter()
     runs = {name_of(*job, regime): (*job, regime, out, options) for job in todo}
     rows = done(run, runs, workers)
@@ -376,8 +374,7 @@ def asked_for(args) -> list[tuple[str, str, int]]:
         raise InputError(f"unknown: {', '.join(unknown)}; --help lists the conditions and tasks")
     past = set(conditions) - set(RUNNABLE)
     if past:
-        said = "run by commit 325f1a5 (git checkout 325f1a5)"
-        raise InputError(f"{', '.join(sorted(past))}: {said}")
+        raise InputError(f"{', '.join(past)}: run by commit 325f1a5 (git checkout 325f1a5)")
     if args.quick:
         return planned(MAIN, tasks[:1], 2, 2)
     jobs = planned(conditions, tasks, args.seeds, args.other_seeds, args.first_seed)
@@ -395,10 +392,8 @@ def options_of_train(args) -> str:
         words = shlex.split(options)
     except ValueError as error:
         raise InputError(f"--options {args.options!r}: {error}") from None
-    for word in words:
-        option = word.split("=")[0]
-        if option in OWN_OPTIONS:
-            raise InputError(f"--options: not {option}, of which each run has its own")
+    for option in OWN_OPTIONS & {word.split("=")[0] for word in words}:
+        raise InputError(f"--options: not {option}, of which each run has its own")
     return options
 
 
@@ -438,7 +433,12 @@ def make(argv: list[str] | None) -> None:
     if not rows:
         raise InputError(f"{out / 'study.csv'} has no runs yet; leave out --table")
     text = tables(rows)
-    (out / "study.md").write_text(text + "\n", encoding="utf-8")
+    path = out / "study.md"
+    above = ""
+    if path.exists():  # what was written by hand above the tables stays
+        above, title, _ = path.read_text(encoding="utf-8").rpartition("# Tables\n\n")
+        above += title
+    path.write_text(f"{above}{text}\n", encoding="utf-8")
     print(text)
 
 

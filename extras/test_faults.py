@@ -87,6 +87,12 @@ def test_an_image_that_is_a_pipe_is_not_waited_for(jsonl, tmp_path, capsys):  # 
     assert "rows.jsonl:4: image 3.png cannot be read (No such file)" in message
 
 
+def test_a_logger_that_cannot_start_is_one_line(tmp_path, capsys, no_training):
+    place = script(tmp_path, "f = 3\n")
+    message = complaint(capsys, "--log", place, "--out", tmp_path / "out")
+    assert f"--log {place}: cannot start (TypeError" in message
+
+
 # ---- in the middle of a run
 
 

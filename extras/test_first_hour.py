@@ -362,7 +362,12 @@ def test_trackers_hold_what_the_metrics_hold_after_resuming_too(package, files, 
     tracker = pytest.importorskip(package, reason=f"pip install {package}")
     out = logged(package)
     tracker.finish()
-    written = b"".join(path.read_bytes() for path in tmp_path.rglob(files))
+    deadline = time.monotonic() + 60  # a process of its own writes the file, in its own time
+    while time.monotonic() < deadline:
+        written = b"".join(path.read_bytes() for path in tmp_path.rglob(files))
+        if all(str(value).encode() in written for value in rewards(out).values()):
+            break
+        time.sleep(0.2)
     for value in rewards(out).values():
         assert str(value).encode() in written
     assert b"train/reward" in written

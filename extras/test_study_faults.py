@@ -183,3 +183,14 @@ def test_tables_are_shown_whatever_the_options_of_the_runs(recorded, capsys):
     assert "| grpo | 3 |" in capsys.readouterr().out
     said = one_line(capsys, study.main, "--conditions", "grpo", "--out", recorded.parent)
     assert "holds runs with other --options (--steps 1)" in said
+
+
+def test_what_stands_above_the_tables_stays(recorded):
+    pytest.importorskip("scipy", reason="pip install scipy")
+    written = recorded.with_name("study.md")
+    written.write_text("# Mine\n\nδ is 5.\n\n# Tables\n\nold\n", encoding="utf-8")
+    argv = ["--table", "--out", str(recorded.parent)]
+    for _ in range(2):
+        assert study.main(argv) == 0
+    text = written.read_text(encoding="utf-8")
+    assert text == f"# Mine\n\nδ is 5.\n\n# Tables\n\n{study.tables(study.read(recorded))}\n"
