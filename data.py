@@ -49,6 +49,11 @@ def first_line(error: BaseException) -> str:
     return text.splitlines()[0][:200]
 
 
+def kind_and_line(error: BaseException) -> str:
+    """What went wrong in a function of the user's own."""
+    return f"{type(error).__name__}, {first_line(error)}"
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the memory of a CPU or a GPU ran out."""
     if isinstance(error, MemoryError):

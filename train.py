@@ -41,6 +41,7 @@ from data import (
     demonstrate,
     first_line,
     is_out_of_memory,
+    kind_and_line,
     respond,
     verify,
 )
@@ -73,14 +74,14 @@ def train(args: argparse.Namespace, run: "Run") -> None:
     task = build_task(args, judge)
     weigh = build_weigh(args)
     held_out = task.eval_set(args.eval_size)
-    judge(respond("a", "b", held_out[0].answer), held_out[0])  # one that fails does so now
     run.check_data(task)
     policy, reference, optimizer, scaler = prepare(args, run, task)
     done = run.restore(optimizer, scaler, args.device)
     check_prompts(policy, task, args)
-    if not run.log():
+    records = run.log()
+    if not records:
         run.write(evaluate(policy, held_out, judge, args, step=0))
-    history = [record for record in run.log() if "eval" not in record]
+    history = [record for record in records if "eval" not in record]
     limits = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
     clip = {"clip_low": args.clip_low, "clip_high": args.clip_high}
     steps = range(done + 1, args.steps + 1)
@@ -304,8 +305,8 @@ def say_trouble(history: list[dict]) -> None:
     """What keeps the policy from learning, and what to try: after 5, 50 and 500 steps of it."""
     first = history[0]
     now = history[-1]
-    formless = steps_in_a_row(record["format"] < 0.02 for record in history)
-    idle = steps_in_a_row(record["used_groups"] == 0 for record in history)
+    formless = steps_in_a_row(record["format"] < 0.02 for record in reversed(history))
+    idle = steps_in_a_row(record["used_groups"] == 0 for record in reversed(history))
     if formless in (5, 50, 500):
         said = f"almost no response had the three blocks for {formless} steps, so that SRPO is GRPO"
     elif idle in (5, 50, 500):
@@ -327,12 +328,12 @@ def say_trouble(history: list[dict]) -> None:
 
 
 def steps_in_a_row(happened) -> int:
-    """How many of the last steps it happened in, without a gap."""
+    """In how many steps it happened without a gap, from the last one backwards."""
     count = 0
-    for step in happened:
+    for in_this_step in happened:
+        if not in_this_step:
+            break
         count += 1
-        if not step:
-            count = 0
     return count
 
 
@@ -401,7 +402,11 @@ def build_task(args, judge=None):
         if not args.reward:
             note_hard_answers(task.answers)
         return task
-    return drawn_task(args)
+    task = drawn_task(args)
+    if judge is not None:
+        (example,) = task.eval_set(1)
+        judge(respond("a", "b", example.answer), example)  # one that fails does so now
+    return task
 
 
 def drawn_task(args) -> data.DrawnTask:
@@ -431,7 +436,7 @@ def build_weigh(args):
                 raise ValueError(f"weights {list(w.shape)} for tokens {list(logp.shape)}")
             return w
         except (Exception, SystemExit) as error:  # whatever the function does
-            said = f"{type(error).__name__}, {first_line(error)}"
+            said = kind_and_line(error)
             raise InputError(f"--weights {args.weights}: {said}") from None
 
     logp = torch.full((2, 3), -1.0)
@@ -459,7 +464,7 @@ def build_judge(args):
                     raise TypeError(f"a Verdict with {figure!r}")
             return found
         except (Exception, SystemExit) as error:  # whatever the function does
-            said = f"{type(error).__name__}, {first_line(error)}"
+            said = kind_and_line(error)
             asked = example.source or example.question
             raise InputError(f"--reward {args.reward}: {said}; {asked}") from None
 
@@ -618,6 +623,7 @@ def imitate(policy, args, run: "Run", task) -> None:
     scaler = gradient_scaler(args)
     true_steps = args.warmup_steps * 4 // 5
     ramp_steps = max(1, args.warmup_steps // 16)
+    knows_the_form = model.is_tiny(args.model)  # its warm-up is always made whole
     for step in tqdm(range(args.warmup_steps), "imitating demonstrations", disable=None):
         ramp = (step + 1) / ramp_steps
         decay = max(0.1, 1.1 - step / max(1, true_steps))
@@ -632,7 +638,7 @@ def imitate(policy, args, run: "Run", task) -> None:
             logp = policy.log_probs(prompts, written[rows], temperature=1.0)
             scaler.scale(-logp.sum() / written.mask.sum()).backward()
         optimizer_step(optimizer, scaler, run, step + 1)
-        if model.is_tiny(args.model):
+        if knows_the_form:
             continue
         last = step + 1 == args.warmup_steps
         if last or (step % 10 == 9 and not args.train_vision):
@@ -734,7 +740,7 @@ class Run:
             try:
                 self.send(numbers, record["step"])
             except (Exception, SystemExit) as error:  # no run ends for want of a live curve
-                said = f"--log: no more, {type(error).__name__}, {first_line(error)}"
+                said = f"--log: no more, {kind_and_line(error)}"
                 tqdm.write(said, file=sys.stderr)
                 self.send = None
 
@@ -989,7 +995,7 @@ def open_run(argv: list[str]) -> tuple[argparse.Namespace, Run]:
         except InputError:
             raise
         except (Exception, SystemExit) as error:  # whatever the function does
-            said = f"cannot start ({type(error).__name__}, {first_line(error)})"
+            said = f"cannot start ({kind_and_line(error)})"
             raise InputError(f"--log {args.log}: {said}") from None
     return args, run
 
@@ -1000,9 +1006,10 @@ def new_folder(args) -> Path:
     if re.fullmatch(r"checkpoint-\d+|best", path.name):
         path = path.resolve().parent
     name = f"{path.name}-{args.algo}"
+    parser = build_parser()
     for option in ("task", "corruption", "tau", "w_min", "w_max", "lam", "weights", "lora"):
         value = getattr(args, option)
-        if value != build_parser().get_default(option):
+        if value != parser.get_default(option):
             short = str(value).rpartition(":")[2]  # of FILE.py:NAME the name
             name += f"-{option.replace('_', '-')}-{short}"
     name += f"-seed{args.seed}"

@@ -16,10 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import credit  # noqa: E402
 import transformers  # noqa: E402
 from readings import scored_tokens  # noqa: E402
+from script import exit_code  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import train  # noqa: E402
-from data import InputError  # noqa: E402
 from srpo import Role, contrast_scores, shared_baseline, token_weights  # noqa: E402
 
 # SmolLM2-135M-Instruct as the language model of a Qwen2-VL with a new vision tower, after 20 steps:
@@ -81,36 +81,35 @@ def figures(batch: credit.Batch, logp_corrupted: Tensor, logp_blank: Tensor, arg
     return found
 
 
-def main(argv: list[str] | None = None) -> int:
+def measure(argv: list[str] | None) -> None:
     transformers.utils.logging.disable_progress_bar()
     parser = train.Parser(
         allow_abbrev=False,
-        description=__doc__.splitlines()[0],
+        description="Where the contrasts and the weights of a model lie.",
         epilog="And the options of train.py: --model, --task, --seed, --max-new-tokens, --tau ...",
     )
     parser.add_argument("--prompts", default="24", help="questions (else: 24)")
     mine, others = parser.parse_known_args(argv)
-    try:
-        args = train.resolve_options(["--prompts", mine.prompts, *others])
-        if args.model == "tiny":
-            policy = credit.warmed_up(args)
-        else:
-            policy = train.load_policy(args, args.model)
-        examples = train.build_task(args).train_batch(0, args.prompts)
-        batch = credit.sample(policy, examples, args, step=1)
-        logp_corrupted = credit.corrupted_log_probs(policy, batch, args, step=1)
-        logp_blank = credit.blank_log_probs(policy, batch, args)
-        found = figures(batch, logp_corrupted, logp_blank, args)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    args = train.resolve_options(["--prompts", mine.prompts, *others])
+    if args.model == "tiny":
+        policy = credit.warmed_up(args)
+    else:
+        policy = train.load_policy(args, args.model)
+    examples = train.build_task(args).train_batch(0, args.prompts)
+    batch = credit.sample(policy, examples, args, step=1)
+    logp_corrupted = credit.corrupted_log_probs(policy, batch, args, step=1)
+    logp_blank = credit.blank_log_probs(policy, batch, args)
+    found = figures(batch, logp_corrupted, logp_blank, args)
     responses = len(batch.responses)
     weighed = int((batch.roles > 0).any(dim=1).sum())
     print(f"{args.model}, task {args.task}: {weighed} of {responses} responses have roles")
     print("\n| figure | value |\n|---|---|")
     for name, value in found.items():
         print(f"| {name} | {value:.2f} |")
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return exit_code(measure, argv)
 
 
 if __name__ == "__main__":
