@@ -57,14 +57,23 @@ from srpo import (
     without_perception,
 )
 
-# What an option left out means: for the tiny model, a real one, and a real one with --lora.
-TINY = {"steps": 40, "prompts": 24, "max_new_tokens": 48, "micro_batch": 1024, "lr": 1e-4}
-TINY.update(max_pixels=None, image_size=48, warmup_steps=320, warmup_lr=2e-3, warmup_noise=0.25)
-TINY.update(eval_temperature=1.0)
-REAL = {"steps": 200, "prompts": 8, "max_new_tokens": 512, "micro_batch": 8, "lr": 1e-6}
-REAL.update(max_pixels=602_112, image_size=336, warmup_steps=0, warmup_lr=5e-5, warmup_noise=0.0)
-REAL.update(eval_temperature=0.0)
-REAL_LORA = {**REAL, "lr": 1e-5, "warmup_lr": 2e-4}
+# What an option left out means: for the tiny model, for a real one, for a real one with --lora.
+PRESETS = {
+    "steps": (40, 200, 200),
+    "prompts": (24, 8, 8),
+    "max_new_tokens": (48, 512, 512),
+    "micro_batch": (1024, 8, 8),
+    "lr": (1e-4, 1e-6, 1e-5),
+    "max_pixels": (None, 602_112, 602_112),
+    "eval_temperature": (1.0, 0.0, 0.0),
+    "image_size": (48, 336, 336),
+    "warmup_steps": (320, 0, 0),
+    "warmup_lr": (2e-3, 5e-5, 2e-4),
+    "warmup_noise": (0.25, 0.0, 0.0),
+}
+TINY = {name: tiny for name, (tiny, _, _) in PRESETS.items()}
+REAL = {name: real for name, (_, real, _) in PRESETS.items()}
+REAL_LORA = {name: lora for name, (_, _, lora) in PRESETS.items()}
 WARMUP_VERSION = 2  # raise it when a change alters the warmed-up tiny model, which is cached
 
 
