@@ -28,7 +28,6 @@ the largest:
 import copy
 import json
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -149,21 +148,14 @@ class Policy:
 
     def fit(self, image: Image.Image) -> Image.Image:
         """RGB image as the model wants it: whole patches, within the processor's limits."""
-        return image.convert("RGB").resize(self._fitted(image.size), Image.Resampling.BICUBIC)
-
-    def _fitted(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Width and height of an image as the model sees it."""
-        width, height = size
-        height, width = smart_resize(height, width, self.factor, *self.pixel_limits)
-        return width, height
+        height, width = smart_resize(image.height, image.width, self.factor, *self.pixel_limits)
+        return image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
 
     def prompt_length(self, example: Example, sizes: list[tuple[int, int]]) -> tuple[int, int]:
         """Tokens of a prompt, and how many of them are visual, from the sizes of its images."""
-        grids = []
-        for size in sizes:
-            width, height = self._fitted(size)
-            grids.append([1, height // self.patch, width // self.patch])
-        (ids,) = self._tokenize([example], [torch.tensor(grids)])
+        count = self.image_processor.get_number_of_image_patches
+        patches = torch.tensor([[count(height, width)] for width, height in sizes])
+        (ids,) = self._tokenize([example], [patches])
         return len(ids), int((ids == self.image_token).sum())
 
     def encode(self, examples: list[Example]) -> Prompts:
@@ -195,7 +187,7 @@ class Policy:
         return ids, mask
 
     def _tokenize(self, examples: list[Example], grids: list[Tensor]) -> list[Tensor]:
-        """Token ids of each prompt, with a placeholder for each visual token of its [images, 3]."""
+        """Token ids of each prompt, with a placeholder for each visual token of its images."""
         texts = [self._chat(e, len(grid)) for e, grid in zip(examples, grids, strict=True)]
         rows = []
         encoded = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -229,8 +221,8 @@ class Policy:
     def decode(self, rollout: Rollout) -> list[tuple[str, list[tuple[int, int]]]]:
         """Text of each response without EOS, and the characters that each of its tokens touches."""
         responses = []
-        for ids, mask in zip(rollout.ids.tolist(), rollout.mask.tolist(), strict=True):
-            tokens = [token for token, is_response in zip(ids, mask, strict=True) if is_response]
+        for ids, mask in zip(rollout.ids.cpu(), rollout.mask.cpu(), strict=True):
+            tokens = ids[mask].tolist()
             if tokens and tokens[-1] in self.eos:
                 tokens.pop()
             responses.append(text_and_offsets([self.bytes_of[token] for token in tokens]))
@@ -388,9 +380,8 @@ class Policy:
         return (largest[:, None] + 1 + count).expand(3, -1, -1)
 
     def _autocast(self):
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        in_half = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype, enabled=in_half)
 
     def add_lora(self, rank: int, seed: int = 0, folder: str | None = None) -> None:
         """Freeze all but float32 low-rank adapters on the language model, new or from `folder`."""
@@ -504,20 +495,14 @@ def _recomputed(forward, index: int, hidden: Tensor, *, past_key_values: Cache, 
     """Layer `index` on hidden [b, T, H], kept alone if a gradient is to come."""
     if not torch.is_grad_enabled():
         return forward(hidden, past_key_values=past_key_values, **inputs)
-    before = past_key_values.layers[index]
+    empty = past_key_values.layers[index]
 
     def compute(hidden):
-        cache = past_key_values
-        if isinstance(cache, DynamicCache):  # of prompts: filled anew each time they are read
-            cache = copy.copy(past_key_values)
-            cache.layers = list(past_key_values.layers)
-            cache.layers[index] = copy.deepcopy(before)
-        out = forward(hidden, past_key_values=cache, **inputs)
-        return out, cache.layers[index]
+        if isinstance(past_key_values, DynamicCache):  # of prompts: filled anew both times
+            past_key_values.layers[index] = copy.deepcopy(empty)
+        return forward(hidden, past_key_values=past_key_values, **inputs)
 
-    out, after = checkpoint(compute, hidden, use_reentrant=False)
-    past_key_values.layers[index] = after
-    return out
+    return checkpoint(compute, hidden, use_reentrant=False)
 
 
 def sampling_cache(cache: Cache, rows: Tensor, new_tokens: int, dtype: torch.dtype) -> Cache:
@@ -606,10 +591,7 @@ def load(
 
 
 def adapter_config(name: str) -> dict | None:
-    """What peft says of the adapters in a folder: their rank r, and the model that they belong to.
-
-    None where the folder holds no adapters; InputError where that cannot be read.
-    """
+    """Rank r and base model of the adapters in a folder, as peft says; None where it has none."""
     file = Path(name) / "adapter_config.json"
     if not file.exists():
         return None
@@ -684,11 +666,10 @@ def build_tiny(seed: int = 0, *, device: str = "cpu", dtype: torch.dtype = torch
     text.update(pad_token_id=tokenizer.pad_token_id)
     vision = {"depth": 1, "embed_dim": 64, "hidden_size": 128, "num_heads": 4, "patch_size": 8}
     vision.update(initializer_range=spread)
-    tokens = ["image_pad", "video_pad", "vision_start", "vision_end"]
-    marks = {}
-    for name in tokens:
-        index = tokenizer.convert_tokens_to_ids(f"<|{name}|>")
-        marks[f"{name.removesuffix('_pad')}_token_id"] = index
+    id_of = tokenizer.convert_tokens_to_ids
+    marks = {"image_token_id": id_of("<|image_pad|>"), "video_token_id": id_of("<|video_pad|>")}
+    marks["vision_start_token_id"] = id_of("<|vision_start|>")
+    marks["vision_end_token_id"] = id_of("<|vision_end|>")
     common = {"tie_word_embeddings": True, "initializer_range": spread, "instruction": ""}
     config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, **marks, **common)
     with torch.random.fork_rng(devices=[]):

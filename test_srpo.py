@@ -1349,7 +1349,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path):
         process.wait()
     with open(killed.metrics, "a") as file:
         file.write('{"step": 9, "rew')  # cut off in the middle of a line
-    torn = killed.path / "checkpoint-000006.1.tmp"
+    torn = killed.path / "checkpoint-000006.tmp"
     torn.mkdir()  # left by a kill inside a save
     for _ in range(2):  # the second time nothing is left to do
         assert train.main(["--resume", str(killed.path)]) == 0

@@ -83,13 +83,14 @@ def train(args: argparse.Namespace, run: "Run") -> None:
     task = build_task(args, judge)
     weigh = build_weigh(args)
     held_out = task.eval_set(args.eval_size)
-    run.check_data(task)
+    records = run.log()
+    check_data(records, task, args)
     policy, reference, optimizer, scaler = prepare(args, run, task)
     done = run.restore(optimizer, scaler, args.device)
     check_prompts(policy, task, args)
-    records = run.log()
     if not records:
-        run.write(evaluate(policy, held_out, judge, args, step=0))
+        start = evaluate(policy, held_out, judge, args, step=0)
+        run.write({**start, "data": task.fingerprint})
     history = [record for record in records if "eval" not in record]
     limits = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
     clip = {"clip_low": args.clip_low, "clip_high": args.clip_high}
@@ -199,10 +200,8 @@ def generator(args, step: int, purpose: int = 0) -> torch.Generator:
 
 def judge_all(judge, responses: list, rollout, examples: list) -> list[Verdict]:
     """The verdict on each response, against the example that it answers."""
-    verdicts = []
-    for (text, _), i in zip(responses, rollout.prompt.tolist(), strict=True):
-        verdicts.append(judge(text, examples[i]))
-    return verdicts
+    rows = zip(responses, rollout.prompt.tolist(), strict=True)
+    return [judge(text, examples[i]) for (text, _), i in rows]
 
 
 def response_roles(responses: list, rollout) -> Tensor:
@@ -218,9 +217,8 @@ def corrupted_copies(examples: list, policy, args, step: int) -> list:
     how = {"kind": args.corruption, "p": args.corruption_p, "patch": policy.patch}
     copies = []
     for i, example in enumerate(examples):
-        images = []
-        for k, image in enumerate(example.images):
-            images.append(corrupt(policy.fit(image), seed=(args.seed, step, i, k), **how))
+        fitted = [policy.fit(image) for image in example.images]
+        images = [corrupt(x, seed=(args.seed, step, i, k), **how) for k, x in enumerate(fitted)]
         copies.append(replace(example, images=tuple(images)))
     return copies
 
@@ -281,33 +279,26 @@ def token_metrics(rollout, old_logp, roles, w) -> dict:
 
 
 def optimizer_step(optimizer, scaler, run: "Run", step: int) -> float | None:
-    """A step along the gradients that have added up. Returns what `clip_gradient` does."""
-    if all(parameter.grad is None for parameter in optimizer.param_groups[0]["params"]):
+    """A step along the gradients that have added up, cut to norm 1; their norm before.
+
+    None where float16 has overflowed: the scaler leaves the step out and lowers its scale.
+    InputError where the gradient is not finite for another reason, before it spoils the weights.
+    """
+    parameters = optimizer.param_groups[0]["params"]
+    if all(parameter.grad is None for parameter in parameters):
         return 0.0  # no response has an advantage
     scaler.unscale_(optimizer)
-    norm = clip_gradient(optimizer, scaler, run, step)
-    scaler.step(optimizer)  # not taken where float16 has overflowed
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+    if not math.isfinite(norm):
+        if scaler.get_scale() <= 1:  # 1 in other dtypes
+            cause = "lower --lr, and look at --reward and --weights"
+            kept = f"the last checkpoint is {run.checkpoint()}"
+            raise InputError(f"step {step}: the gradient is not finite: {cause}; {kept}")
+        norm = None
+    scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return norm
-
-
-def clip_gradient(optimizer, scaler, run: "Run", step: int) -> float | None:
-    """Scale the gradient to norm 1 at most; its norm before.
-
-    None where float16 has overflowed: then the scaler skips the optimizer's step and lowers its
-    scale. InputError where the gradient is not finite for another reason, before that step, which
-    would spoil all weights.
-    """
-    parameters = optimizer.param_groups[0]["params"]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
-    if math.isfinite(norm):
-        return norm
-    if scaler.is_enabled() and scaler.get_scale() > 1:
-        return None
-    cause = "lower --lr, and look at --reward and --weights"
-    kept = f"the last checkpoint is {run.checkpoint()}"
-    raise InputError(f"step {step}: the gradient is not finite: {cause}; {kept}")
 
 
 def say_trouble(history: list[dict]) -> None:
@@ -350,18 +341,17 @@ def evaluate(policy, examples, judge, args, step: int, batch: int = 64) -> dict:
     """Record of a response to each example, at --eval-temperature, always drawn alike."""
     rng = generator(args, 0, purpose=1)
     limits = {"max_new_tokens": args.max_new_tokens, "temperature": args.eval_temperature}
-    texts = []
-    for first in tqdm(range(0, len(examples), batch), "evaluating", leave=False, disable=None):
-        prompts = policy.encode(examples[first : first + batch])
-        rollout = policy.sample(prompts, 1, generator=rng, **limits)
-        texts += [text for text, _ in policy.decode(rollout)]
-    verdicts = [judge(text, example) for text, example in zip(texts, examples, strict=True)]
+    verdicts = []
     samples = []
-    for text, example, verdict in list(zip(texts, examples, verdicts, strict=True))[:3]:
-        sample = {"question": example.question, "answer": example.answer, "response": text}
-        samples.append({**sample, "verdict": in_words(verdict)})
+    for first in tqdm(range(0, len(examples), batch), "evaluating", leave=False, disable=None):
+        asked = examples[first : first + batch]
+        rollout = policy.sample(policy.encode(asked), 1, generator=rng, **limits)
+        for (text, _), example in zip(policy.decode(rollout), asked, strict=True):
+            verdicts.append(judge(text, example))
+            sample = {"question": example.question, "answer": example.answer, "response": text}
+            samples.append({**sample, "verdict": in_words(verdicts[-1])})
     figures = {**averages(verdicts), "n": len(examples), "temperature": args.eval_temperature}
-    return {"step": step, "eval": figures, "samples": samples}
+    return {"step": step, "eval": figures, "samples": samples[:3]}
 
 
 def in_words(verdict: Verdict) -> str:
@@ -380,7 +370,7 @@ def summarize(run: "Run") -> None:
     shown = [evaluations[0]]
     if len(evaluations) > 1:
         shown.append(evaluations[-1])
-    temperature = shown[-1]["eval"]["temperature"]
+    temperature = shown[-1]["eval"].get("temperature")  # earlier versions did not record it
     how = f"sampled at temperature {temperature}"
     if temperature == 0:
         how = "the likeliest token each time"
@@ -416,6 +406,13 @@ def build_task(args, judge=None):
         (example,) = task.eval_set(1)
         judge(respond("a", "b", example.answer), example)  # one that fails does so now
     return task
+
+
+def check_data(records: list[dict], task, args) -> None:
+    """InputError where a run goes on with other rows: its held-out ones would be others."""
+    if records and records[0].get("data", task.fingerprint) != task.fingerprint:
+        said = "has changed since the run began; put it back, or begin a new run"
+        raise InputError(f"--data {args.data}: {said}")
 
 
 def drawn_task(args) -> data.DrawnTask:
@@ -552,11 +549,9 @@ def what_it_takes(policy, tokens: int, visual_tokens: int, args) -> str:
         there = f"of {memory / 2**30:.0f} there"
         if needed > memory:
             there += ": try --recompute, then --lora 16, then a smaller --max-pixels"
-    said = (
-        f"{trained / 1e6:,.0f} of {total / 1e6:,.0f} million parameters are trained; the longest "
-    )
-    said += f"prompt has {tokens} tokens, {visual_tokens} of them visual; "
-    return said + f"about {needed / 2**30:.0f} GiB are needed, {there}"
+    counts = f"{trained / 1e6:,.0f} of {total / 1e6:,.0f} million parameters are trained"
+    prompt = f"the longest prompt has {tokens} tokens, {visual_tokens} of them visual"
+    return f"{counts}; {prompt}; about {needed / 2**30:.0f} GiB are needed, {there}"
 
 
 def load_policy(args, name) -> model.Policy:
@@ -592,10 +587,11 @@ def warmed_up(args, run: "Run", task) -> str:
         folder = cache_folder(run) / f"tiny-{key}"
     elif args.warmup_steps == 0:
         return args.model
-    if not folder.exists():
-        policy = load_policy(args, args.model)
-        imitate(policy, args, run, task)
-        write_folder(folder, policy.save)
+    with FileLock(f"{folder}.lock"):  # another run may be making the same one
+        if not folder.exists():
+            policy = load_policy(args, args.model)
+            imitate(policy, args, run, task)
+            write_folder(folder, policy.save)
     return str(folder)
 
 
@@ -604,11 +600,11 @@ def cache_folder(run: "Run") -> Path:
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "srpo"
         folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
     except (OSError, RuntimeError):  # RuntimeError: a user without a home
-        return run.path
-    if not os.access(folder, os.W_OK):
-        return run.path
-    return folder
+        pass
+    return run.path
 
 
 def imitate(policy, args, run: "Run", task) -> None:
@@ -692,7 +688,7 @@ class Run:
 
     def claim(self, options: dict) -> None:
         """Make the folder, with the run's options in it."""
-        left = ("args.json", "data.sha256", "lock")  # by a run that never began
+        left = ("args.json", "lock", "warmed-up.lock")  # by a run that never began
         if any(file.name not in left for file in self.path.glob("*")):
             advice = "give a new folder"
             if (self.path / "args.json").exists():
@@ -700,7 +696,6 @@ class Run:
             raise InputError(f"--out {self.path}: not empty; {advice}")
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock()
-        (self.path / "data.sha256").unlink(missing_ok=True)
         text = json.dumps(options, indent=1)
         (self.path / "args.json").write_text(text + "\n", encoding="utf-8")
 
@@ -717,17 +712,6 @@ class Run:
         except (OSError, ValueError, KeyError, TypeError):
             said = "not the folder of a run (no args.json there)"
             raise InputError(f"--resume {self.path}: {said}") from None
-
-    def check_data(self, task) -> None:
-        """InputError where a run goes on with other rows: its held-out ones would be others."""
-        if not isinstance(task, data.OwnTask):
-            return
-        file = self.path / "data.sha256"
-        if not file.exists():
-            file.write_text(task.fingerprint)
-        elif file.read_text() != task.fingerprint:
-            said = "has changed since the run began; put it back, or begin a new run"
-            raise InputError(f"--data {task.path}: {said}")
 
     def log(self) -> list[dict]:
         """Records of the run, without a last line that a kill has cut off."""
@@ -755,16 +739,13 @@ class Run:
 
     def checkpoint(self) -> Path | None:
         """The last whole one; what a kill has left half written has another name."""
-        found = [
-            p for p in self.path.glob("checkpoint-*") if re.fullmatch(r"[a-z]+-[0-9]+", p.name)
-        ]
-        return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
+        return max(self.path.glob("checkpoint-" + 6 * "[0-9]"), default=None)
 
     def keep_best(self, policy) -> None:
         """The policy in best/, if the evaluation just written has the highest accuracy so far."""
         accuracies = [record["eval"]["accuracy"] for record in self.log() if "eval" in record]
         if accuracies[-1] > max(accuracies[:-1]):
-            write_folder(self.path / "best", policy.save, replace_old=True)
+            write_folder(self.path / "best", policy.save)
 
     def save(self, step: int, policy, optimizer, scaler) -> None:
         """A checkpoint, in the place of the one before it."""
@@ -798,7 +779,8 @@ class Run:
         try:
             state = torch.load(checkpoint / "trainer.pt", map_location=device, weights_only=True)
             optimizer.load_state_dict(state["optimizer"])
-            scaler.load_state_dict(state.get("scaler", {}))  # earlier versions had none
+            if state.get("scaler"):  # empty in other dtypes, and missing in earlier versions
+                scaler.load_state_dict(state["scaler"])
             return int(state["step"])
         except Exception as error:  # a cut file, a foreign one
             if is_out_of_memory(error):
@@ -807,22 +789,18 @@ class Run:
             raise InputError(f"{checkpoint}: {said}") from None
 
 
-def write_folder(folder: Path, fill, replace_old: bool = False) -> None:
-    """Make `folder` whole or not at all: `fill` writes beside it, then it is renamed."""
-    for left in folder.parent.glob("*.tmp"):  # by a process that was killed
-        if time.time() - left.stat().st_mtime > 86_400:
-            shutil.rmtree(left, ignore_errors=True)
-    beside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+def write_folder(folder: Path, fill) -> None:
+    """Make `folder` whole or leave it as it is: `fill` writes beside it, then it is renamed."""
+    beside = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)  # left by a process that was killed
     try:
-        beside.mkdir(parents=True, exist_ok=True)
+        beside.mkdir(parents=True)
         fill(beside)
-        if replace_old:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         beside.rename(folder)
     except Exception as error:  # a full disk, too, reported in ways of their own
         shutil.rmtree(beside, ignore_errors=True)
-        if not folder.exists():  # else another process was first
-            raise InputError(f"{folder}: cannot be written ({first_line(error)})") from None
+        raise InputError(f"{folder}: cannot be written ({first_line(error)})") from None
 
 
 # ---- the options
@@ -850,7 +828,7 @@ def number(kind, low, high=10**12):
 
 def build_parser() -> Parser:
     parser = Parser(allow_abbrev=False, description="Train with SRPO, or with GRPO.")
-    whole = number(int, 0, 10**6)
+    whole = number(int, 0, 10**6 - 1)  # a checkpoint has six digits
     count = number(int, 1, 10**6)
     positive = number(float, 1e-12, 1e12)
     share = number(float, 0, 1)
@@ -872,9 +850,7 @@ def build_parser() -> Parser:
     group = parser.add_argument_group("what most people need first")
     add("--model", "tiny, a folder, or a hub name such as Qwen/Qwen2-VL-2B-Instruct", "tiny")
     add("--data", "JSON lines of image(s), question, answer; else a drawn task", metavar="FILE")
-    add(
-        "--system", "what each chat begins with, as in a row's system", "", metavar="TEXT", type=str
-    )
+    add("--system", "what each chat of --data begins with", "", metavar="TEXT", type=str)
     add("--task", "which drawn task", "count", choices=data.TASKS)
     add("--reward", "your own reward, (response text, example) -> float", metavar=function)
     add("--algo", "grpo: the same advantage for every token", "srpo", choices=("srpo", "grpo"))

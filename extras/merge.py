@@ -119,7 +119,7 @@ def merge(run: str, folder: str, dtype: str | None) -> None:
     def fill(beside):
         write(policy, beside)
 
-    train.write_folder(out, fill, replace_old=True)
+    train.write_folder(out, fill)
     millions = sum(x.numel() for x in policy.model.parameters()) / 1e6
     said = f"{millions:,.1f} million weights in {str(policy.model.dtype).removeprefix('torch.')}"
     area = policy.image_processor.size["longest_edge"]

@@ -40,7 +40,8 @@ def execute(notebook, timeout: int = 600) -> None:
     from nbclient.exceptions import CellExecutionError
 
     where = {"metadata": {"path": str(HERE)}}
-    client = NotebookClient(notebook, timeout=timeout, record_timing=False, resources=where)
+    once = {"record_timing": False, "coalesce_streams": True}  # the same text whatever the speed
+    client = NotebookClient(notebook, timeout=timeout, resources=where, **once)
     try:
         client.execute()
     except CellExecutionError as error:

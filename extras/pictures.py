@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 try:
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch, Rectangle
 except ImportError:
     print("error: pictures need matplotlib: pip install matplotlib", file=sys.stderr)
@@ -221,28 +222,46 @@ def label_tokens(axes, texts, colors) -> None:
         label.set(color=color, parse_math=False)
 
 
-def two_contexts(texts, roles, logp, other, title: str = "") -> Figure:
-    """Log-probs of the same tokens in two contexts; the arrow between them is the contrast.
+def two_contexts(texts, roles, logp, other, title: str = "", limit: float = 5.0) -> Figure:
+    """Log-probs of the same tokens in two contexts; the bar between them is the contrast.
 
-    `other` is None at tokens that have no contrast.
+    `other` is None at tokens that have no contrast. What is more than `limit` nats away from the
+    dot is drawn thin, and a stroke marks where step 4 cuts it off.
     """
-    figure = Figure((max(5.0, 0.29 * len(texts) + 1.2), 3.4), dpi=100, layout="constrained")
+    figure = Figure((max(5.0, 0.29 * len(texts) + 1.2), 3.8), dpi=100, layout="constrained")
     axes = figure.subplots()
     colors = [COLORS[Role(role)] for role in roles]
-    axes.scatter(range(len(texts)), logp, s=26, color="black", zorder=3, label="as sampled")
     for t, there in enumerate(other):
-        if there is not None:
-            axes.plot([t, t], [there, logp[t]], color=colors[t], lw=5, alpha=0.45)
-            axes.scatter([t], [there], s=26, color=colors[t], marker="x", zorder=3)
-    axes.scatter([], [], color="#333333", marker="x", label="in the other context")
+        if there is None:
+            continue
+        kept = min(logp[t] + limit, max(logp[t] - limit, there))
+        axes.plot([t, t], [kept, logp[t]], color=colors[t], lw=5, alpha=0.45)
+        if kept != there:
+            axes.plot([t, t], [there, kept], color=colors[t], lw=1.2, ls=":")
+            axes.plot([t - 0.35, t + 0.35], [kept, kept], color="black", lw=1.5)
+        axes.scatter([t], [there], s=26, color=colors[t], marker="x", zorder=3)
+    axes.scatter(range(len(texts)), logp, s=26, color="black", zorder=3)
     axes.set_ylabel("log-prob, nats")
     axes.margins(x=0.01)
     axes.grid(axis="y", color="#dddddd")
-    where = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2}
-    axes.legend(frameon=False, ncols=2, **where)
-    axes.set_title(title, loc="left", fontsize=10, parse_math=False)
+    where = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
+    axes.legend(handles=keys_of_contexts(limit), frameon=False, ncols=4, **where)
+    axes.set_title(title, loc="left", fontsize=10, pad=26, parse_math=False)
     label_tokens(axes, texts, colors)
     return figure
+
+
+def keys_of_contexts(limit: float) -> list[Line2D]:
+    """What stands for what in `two_contexts`."""
+    cross = {"marker": "x", "ls": "none"}
+    corrupted = COLORS[Role.PERCEPTION]
+    hidden = COLORS[Role.REASONING]
+    return [
+        Line2D([], [], color="black", marker="o", ms=5, ls="none", label="as sampled"),
+        Line2D([], [], color=corrupted, **cross, label="under the corrupted image"),
+        Line2D([], [], color=hidden, **cross, label="without the perception"),
+        Line2D([], [], color="black", lw=1.5, label=f"step 4 cuts off here, at {limit:.0f} nats"),
+    ]
 
 
 # ---- distributions and intervals
@@ -259,36 +278,88 @@ def histogram(values: dict[Role, list[float]], limits: tuple[float, float], xlab
     colors = [COLORS[role] for role in values]
     names = [role.name.lower() for role in values]
     axes.hist(clipped, edges, stacked=True, color=colors, label=names)
-    axes.axvspan(*limits, color="black", alpha=0.15, lw=0, label="the range")
+    axes.axvspan(*limits, color="black", alpha=0.15, lw=0, label="room between the limits")
     axes.set_xlabel(xlabel)
-    axes.set_ylabel("tokens")
+    axes.set_ylabel("tokens (stacked)")
     axes.legend(frameon=False)
     return figure
 
 
-def intervals(rows: list[tuple], xlabel: str, limits=None, height: float = 0.27) -> Figure:
-    """A line a row, (label, low, middle, high, color), from top to bottom.
-
-    With `limits`, rows that lie outside them are written as numbers at the edge.
-    """
+def intervals(rows: list[tuple], xlabel: str, height: float = 0.27) -> Figure:
+    """A line a row, (label, low, middle, high, color), from top to bottom."""
     figure = Figure((8.2, 0.8 + height * len(rows)), dpi=100, layout="constrained")
     axes = figure.subplots()
     axes.axvline(0, color="black", lw=0.8, ls="--")
     for y, (_, low, middle, high, color) in enumerate(rows):
-        if limits is not None and middle < limits[0]:
-            said = f"← {middle:.2f} [{low:.2f}, {high:.2f}]"
-            axes.annotate(said, (0.01, y), xycoords=("axes fraction", "data"), va="center")
-        else:
-            axes.plot([low, high], [y, y], color=color, lw=2.5, solid_capstyle="butt")
-            axes.plot([middle], [y], "o", color=color, ms=5)
+        draw_interval(axes, y, (low, middle, high), color)
     labels = [row[0] for row in rows]
     axes.set_yticks(range(len(rows)), labels)
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    if limits is not None:
-        axes.set_xlim(*limits)
     axes.set_xlabel(xlabel)
     axes.grid(axis="x", color="#dddddd")
     return figure
+
+
+def draw_interval(axes, y: float, found: tuple[float, float, float], color: str) -> None:
+    """Low, middle and high as a line with a dot."""
+    low, middle, high = found
+    axes.plot([low, high], [y, y], color=color, lw=2.5, solid_capstyle="butt")
+    axes.plot([middle], [y], "o", color=color, ms=5)
+
+
+@dataclass
+class Compared:
+    """A row of a forest plot. One without intervals is the title of those below it."""
+
+    label: str
+    pairs: int = 0
+    found: tuple = ()  # (low, middle, high) in each panel
+    color: str = "black"
+
+
+def forest(rows: list[Compared], heads: list[str], limits, lines: list[tuple], first: int):
+    """Rows of intervals in a panel for each head, and the number of pairs at the right.
+
+    `limits` are those of the x axes; rows outside are written as numbers at the edge. `lines` are
+    vertical ones from the row `first` on: (color, place in each panel).
+    """
+    figure = Figure((9.2, 0.8 + 0.2 * len(rows)), dpi=100, layout="constrained")
+    panels = figure.subplots(1, len(heads))
+    for i, (axes, head) in enumerate(zip(panels, heads, strict=True)):
+        axes.axvline(0, color="black", lw=0.8, ls="--")
+        for color, *places in lines:
+            axes.plot([places[i]] * 2, [first - 0.5, len(rows) - 0.4], color=color, lw=1)
+        for y, row in enumerate(rows):
+            if row.found:
+                draw_compared(axes, y, row.found[i], limits, row.color)
+        axes.set_xlim(*limits)
+        axes.locator_params(axis="x", nbins=5)
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.set_title(head, loc="left", fontsize=9.5)
+        axes.grid(axis="x", color="#dddddd")
+        axes.set_yticks([])
+        axes.tick_params(axis="both", length=0, labelsize=8.5)
+    panels[0].set_yticks(range(len(rows)), [row.label for row in rows])
+    for label, row in zip(panels[0].get_yticklabels(), rows, strict=True):
+        if not row.found:
+            label.set_fontweight("bold")
+    panels[-1].yaxis.tick_right()
+    numbered = [y for y, row in enumerate(rows) if row.found]
+    panels[-1].set_yticks(numbered, [rows[y].pairs for y in numbered])
+    panels[-1].set_title("pairs", loc="right", fontsize=8.5, x=1.08)
+    panels[-1].tick_params(axis="both", length=0)
+    return figure
+
+
+def draw_compared(axes, y: int, found, limits: tuple[float, float], color: str) -> None:
+    """The interval of a row, or its numbers where its middle lies below the axis."""
+    low, middle, high = found
+    if middle >= limits[0]:
+        draw_interval(axes, y, found, color)
+        return
+    said = f"← {middle:.2f} [{low:.2f}, {high:.2f}]"
+    place = (0.01, y)
+    axes.annotate(said, place, xycoords=("axes fraction", "data"), va="center", fontsize=8.5)
 
 
 def surrogate(weights, clip: float) -> Figure:
@@ -315,9 +386,12 @@ def surrogate(weights, clip: float) -> Figure:
 
 
 def image_table(rows: list[tuple], heads: list[str]) -> Figure:
-    """(text, images) of each row: a sentence, and images beside it under their heads."""
+    """(text, images) of each row: a sentence, and images beside it under their heads.
+
+    In the place of an image None leaves a gap.
+    """
     side = 1.05  # inches
-    text_width = 3.9
+    text_width = 3.4
     width = text_width + side * len(heads)
     figure = Figure((width, 0.25 + side * len(rows)), dpi=100, layout="constrained")
     ratios = [text_width] + [side] * len(heads)
@@ -327,7 +401,8 @@ def image_table(rows: list[tuple], heads: list[str]) -> Figure:
         for axes in row:
             axes.set_axis_off()
         for axes, image in zip(row[1:], images, strict=True):
-            axes.imshow(image, interpolation="nearest")
+            if image is not None:
+                axes.imshow(image, interpolation="nearest")
     for axes, head in zip(all_axes[0, 1:], heads, strict=True):
         axes.set_title(head, fontsize=9.5)
     return figure

@@ -255,7 +255,9 @@ def page(runs: list[dict]) -> str:
     labelled = charts.label_runs(runs)
     body = [f"<h1>SRPO: {charts.count(runs)}</h1>"]
     if len(runs) > len(labelled):
-        body.append("<p>Lines are means over seeds; bands are 95 % of the error of the mean.</p>")
+        said = "Lines are means over seeds, and bands 95 % of the error of the mean."
+        said += " Beside GRPO there are no bands, but a row of paired differences to it below."
+        body.append(f"<p>{said}</p>")
     curves = charts.figure_of(labelled, charts.EVALS + charts.STEPS)
     body.append(f'<div class="charts">{charts.svg(curves)}</div>{EXPLAINED}')
     is_open = ""

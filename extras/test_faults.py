@@ -158,13 +158,23 @@ def test_names_of_runs_say_what_differs(tmp_path, monkeypatch):
     assert name() == "out/tiny-srpo-seed0-2"
 
 
-def test_what_killed_processes_left_is_cleared_after_a_day(tmp_path):
-    old, new = tmp_path / "a.1.tmp", tmp_path / "b.2.tmp"
-    for folder in (old, new):
-        folder.mkdir()
-    os.utime(old, (0, 0))
+def test_what_a_killed_process_left_is_cleared(tmp_path):
+    (tmp_path / "made.tmp").mkdir()
+    (tmp_path / "made.tmp/half").write_text("x")
     train.write_folder(tmp_path / "made", lambda folder: (folder / "x").write_text("x"))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["b.2.tmp", "made"]
+    assert [p.name for p in tmp_path.iterdir()] == ["made"]
+    assert [p.name for p in (tmp_path / "made").iterdir()] == ["x"]
+
+
+def test_a_folder_that_cannot_be_written_is_said_and_leaves_the_old_one(tmp_path):
+    def full(folder):
+        raise OSError("No space left on device")
+
+    train.write_folder(tmp_path / "made", lambda folder: (folder / "x").write_text("old"))
+    with pytest.raises(data.InputError, match="cannot be written .No space"):
+        train.write_folder(tmp_path / "made", full)
+    assert (tmp_path / "made/x").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["made"]
 
 
 def test_without_a_home_the_warm_up_stays_with_the_run(tmp_path, monkeypatch):

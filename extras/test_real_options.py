@@ -85,10 +85,7 @@ def test_an_overflow_of_float16_leaves_the_step_out():
     before = optimizer.param_groups[0]["params"][0].clone()
     scaler = scaler_of(8.0)
     scaler.scale(torch.ones(1))  # a scaler that was never used has no scale yet
-    scaler.unscale_(optimizer)
-    assert train.clip_gradient(optimizer, scaler, train.Run("x"), step=3) is None
-    scaler.step(optimizer)
-    scaler.update()
+    assert train.optimizer_step(optimizer, scaler, train.Run("x"), step=3) is None
     assert torch.equal(optimizer.param_groups[0]["params"][0], before)
     assert scaler.get_scale() == 4
 
@@ -98,7 +95,7 @@ def test_a_gradient_that_is_not_finite_at_any_scale_stops_the_run(scaler):
     if scaler.is_enabled():
         scaler.scale(torch.ones(1))
     with pytest.raises(data.InputError, match="step 3: the gradient is not finite: lower --lr"):
-        train.clip_gradient(overflowing_optimizer(), scaler, train.Run("x"), step=3)
+        train.optimizer_step(overflowing_optimizer(), scaler, train.Run("x"), step=3)
 
 
 @pytest.mark.parametrize(
@@ -390,7 +387,7 @@ def test_a_run_that_never_began_leaves_its_folder_to_other_data(jsonl, tmp_path)
     path = jsonl()
     argv = [*QUICK, *SMALL, *COLD, "--data", path, "--steps", 1, "--out", out]
     assert train.main([*map(str, argv), "--model", str(tmp_path / "none")]) == 2
-    assert (out / "data.sha256").exists()
+    assert (out / "args.json").exists()
     lines = path.read_text().splitlines()
     path.write_text("\n".join(lines[1:]) + "\n")
     assert train.main([str(word) for word in argv]) == 0

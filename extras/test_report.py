@@ -329,3 +329,57 @@ def test_options_changed_by_hand_leave_the_curves(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "sample_groups", fail)
     assert report.main([str(run)]) == 0
     assert "its args.json does not hold the options of a run" in (run / "report.html").read_text()
+
+
+# ---- curves
+
+
+def some_run(algo: str, seed: int, values: list[float], task: str = "count") -> dict:
+    """A run with an evaluation at step 0, 10, 20 ..."""
+    records = []
+    for i, value in enumerate(values):
+        scores = {"accuracy": value, "grounded": value / 2}
+        records.append({"step": 10 * i, "eval": scores})
+    args = {"algo": algo, "seed": seed, "task": task}
+    return {"name": f"{task}-{algo}-seed{seed}", "args": args, "records": records}
+
+
+def test_differences_to_grpo_are_paired_by_task_and_seed():
+    ours = [some_run("srpo", seed, [0.5, 0.6 + 0.1 * seed]) for seed in range(3)]
+    theirs = [some_run("grpo", seed, [0.5, 0.5]) for seed in (2, 1, 0)]
+    baseline = charts.baselines({"ours": ours, "theirs": theirs})
+    start, end = charts.differences(ours, baseline, "accuracy")
+    assert start == (0, 0.0, 0.0, 0.0)
+    error = 4.30 * 0.1 / 3**0.5  # Student's, 2 degrees of freedom
+    assert end == pytest.approx((10, 0.2, 0.2 - error, 0.2 + error))  # of 0.1, 0.2 and 0.3
+    assert charts.differences(theirs, baseline, "accuracy") == []  # not to themselves
+    assert charts.differences(ours[:1], baseline, "accuracy") == []  # one pair has no interval
+    elsewhere = [some_run("srpo", seed, [0.5, 0.6], task="add") for seed in range(3)]
+    assert charts.differences(elsewhere, baseline, "accuracy") == []
+    again = some_run("grpo", 0, [0.1, 0.1])
+    assert charts.baselines({"theirs": theirs, "again": [again]}) == {}  # which of the two?
+
+
+def test_differences_stand_below_means_without_bands():
+    runs = [some_run("srpo", seed, [0.5, 0.6 + 0.1 * seed]) for seed in range(3)]
+    runs += [some_run("grpo", seed, [0.5, 0.5]) for seed in range(3)]
+    figure = charts.figure_of(charts.label_runs(runs), charts.SHOWN)
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    below = [f"{name} minus GRPO's" for name in charts.SHOWN]
+    assert titles == [*charts.SHOWN, *below]
+    means, apart = figure.axes[0], figure.axes[3]
+    assert [len(line.get_xdata()) for line in means.lines] == [2, 2]
+    assert len(means.collections) == 0
+    ends = apart.collections[0].get_segments()[1][:, 1]
+    error = 4.30 * 0.1 / 3**0.5
+    assert sorted(ends) == pytest.approx([0.2 - error, 0.2 + error])
+    assert len(apart.collections) == 1  # GRPO has none
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["srpo (3 runs)", "grpo (3 runs)"]  # without "count-"
+
+
+def test_names_lose_what_all_of_them_share():
+    names = charts.short_names(["count-grpo", "count-range-0.5-2"])
+    assert names == {"count-grpo": "grpo", "count-range-0.5-2": "range-0.5-2"}
+    for kept in (["a-b"], ["a", "a-b"], ["tiny-srpo", "smol-srpo"]):
+        assert charts.short_names(kept) == dict(zip(kept, kept, strict=True))

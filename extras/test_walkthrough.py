@@ -4,6 +4,7 @@ pip install pytest matplotlib jupytext nbformat, then python -m pytest -q extras
 """
 
 import json
+import math
 import re
 import sys
 from argparse import Namespace
@@ -21,11 +22,16 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import distribution  # noqa: E402
 import notebook  # noqa: E402
 import pictures  # noqa: E402
+import study  # noqa: E402
+import study_tables  # noqa: E402
 import walk  # noqa: E402
-from pictures import Bars, Token  # noqa: E402
+from pictures import Bars, Compared, Token  # noqa: E402
 
+import srpo  # noqa: E402
+from corrupt import corrupt  # noqa: E402
 from data import Example, Fact, Query, respond  # noqa: E402
-from srpo import Role  # noqa: E402
+from model import Rollout  # noqa: E402
+from srpo import Role, parse_response  # noqa: E402
 
 P = Role.PERCEPTION
 R = Role.REASONING
@@ -54,24 +60,55 @@ def test_all_cells_were_executed_without_errors(cells):
     assert len(pictures_shown) >= 12
 
 
-def test_the_notebook_has_the_eight_sections_and_what_to_look_for(cells):
+def test_the_notebook_has_its_nine_sections_and_what_to_look_for(cells):
     text = "".join("".join(cell["source"]) + "\n" for cell in cells if "outputs" not in cell)
-    assert re.findall(r"^## (\d)\. ", text, re.MULTILINE) == list("12345678")
+    assert re.findall(r"^## (\d)\. ", text, re.MULTILINE) == list("123456789")
     for section in re.split(r"^## \d\. ", text, flags=re.MULTILINE)[1:]:
         assert "**In the paper, look for**" in section, section[:40]
 
 
-def test_each_step_shows_its_line_as_srpo_has_it(cells):
+def printed_by(cells) -> str:
+    """What the cells of the notebook print."""
     printed = ""
     for cell in cells:
         for output in cell.get("outputs", []):
             printed += "".join(output.get("text", []))
+    return printed
+
+
+def test_each_step_shows_its_line_as_srpo_has_it(cells):
+    printed = printed_by(cells)
     source = (HERE.parent / "srpo.py").read_text(encoding="utf-8")
     shown = re.findall(r"^.*# .*step \d.*$", printed, re.MULTILINE)
     for line in shown:
         assert line in source  # else make the notebook again
     steps = {int(step) for line in shown for step in re.findall(r"step (\d)", line)}
     assert steps == set(range(1, 10))
+
+
+def test_the_example_by_hand_is_what_srpo_makes_of_its_log_probs(cells):
+    lines = printed_by(cells).splitlines()
+    start = [line.split() for line in lines].index(list(walk.WORDS)) + 1
+    rows = {}
+    for line in lines[start : start + 10]:
+        rows[line[:18].strip()] = [line[18 + 7 * t : 25 + 7 * t].strip() for t in range(6)]
+    roles = torch.tensor([["-PR".index(cell) for cell in rows["role"]]])
+    contexts = []
+    for name in ("as sampled", "corrupted image", "without perception"):
+        contexts.append(torch.tensor([[float(cell or "nan") for cell in rows[name]]]))
+    A = srpo.group_advantages([1, 0], 2)[:1]
+    delta = srpo.contrast_scores(*contexts, roles)
+    w = srpo.token_weights(delta, roles)
+    A_hat = srpo.role_aware_advantages(A, w)
+    computed = {"Δ": delta[0].tolist(), "w": w[0].tolist(), "Â": A_hat[0].tolist()}
+    computed["A"] = A.tolist() * 6
+    b = sum(computed["Δ"]) / 4
+    computed["b"] = [b] * 4
+    computed["w̃"] = [min(1.2, max(0.8, math.exp(x - b))) for x in computed["Δ"][:4]]
+    for name, numbers in computed.items():
+        expected = [f"{number:.2f}" for number in numbers]
+        assert rows[name] == expected + [""] * (6 - len(expected)), name
+    assert rows["Â"] == ["0.82", "0.70", "0.54", "0.77", "0.71", "0.71"]
 
 
 def test_the_notebook_is_small_and_tells_no_time(cells):
@@ -198,6 +235,17 @@ def test_two_contexts_join_the_log_probs():
     assert bars == [[-4.0, -1.0]]  # none where there is no contrast
 
 
+def test_two_contexts_show_what_step_4_cuts_off():
+    others = [-8.0, -2.0] + [None] * 18
+    figure = pictures.two_contexts(["a"] * 20, [P, R] * 10, [-1.0, -9.0] * 10, others, "title")
+    bars = [list(line.get_ydata()) for line in figure.axes[0].lines]
+    assert bars[:3] == [[-6.0, -1.0], [-8.0, -6.0], [-6.0, -6.0]]  # kept, cut off, the stroke
+    assert bars[3:] == [[-4.0, -9.0], [-2.0, -4.0], [-4.0, -4.0]]  # a negative contrast
+    figure.draw_without_rendering()
+    legend = figure.axes[0].get_legend().get_window_extent()
+    assert legend.y1 <= figure.axes[0]._left_title.get_window_extent().y0
+
+
 def test_the_histogram_counts_what_is_beyond_it():
     values = {P: [-9.0, 0.0, 0.05], R: [7.0]}
     figure = pictures.histogram(values, (-0.2, 0.2), "x")
@@ -205,18 +253,57 @@ def test_the_histogram_counts_what_is_beyond_it():
     assert sum(heights[:40]) == 3
     assert heights[0] == 1  # -9, in the first bar
     assert heights[79] == 1  # 7, in the last
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert "room between the limits" in labels
 
 
-def test_intervals_and_what_lies_outside():
+def test_intervals_are_lines_with_a_dot():
     rows = [("a", -0.01, 0.0, 0.02, "k"), ("b", -0.4, -0.35, -0.3, "k")]
-    axes = pictures.intervals(rows, "x", limits=(-0.1, 0.1)).axes[0]
-    assert axes.get_xlim() == (-0.1, 0.1)
+    axes = pictures.intervals(rows, "x").axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
     assert list(axes.lines[1].get_xdata()) == [-0.01, 0.02]
-    assert len(axes.lines) == 3  # zero, and the interval and the middle of "a"
-    assert [text.get_text() for text in axes.texts] == ["← -0.35 [-0.40, -0.30]"]
-    axes = pictures.intervals(rows, "x").axes[0]
-    assert len(axes.lines) == 5
+    assert len(axes.lines) == 5  # zero, and the interval and the middle of each
+
+
+def test_a_forest_plot_and_what_lies_outside():
+    inside = (-0.01, 0.0, 0.02)
+    outside = (-0.4, -0.35, -0.3)
+    rows = [
+        Compared("title"),
+        Compared("a", 30, (inside, outside)),
+        Compared("b", 15, [inside] * 2),
+    ]
+    lines = [("black", -0.02, -0.03)]
+    left, right = pictures.forest(rows, ["x", "y"], (-0.1, 0.1), lines, first=2).axes
+    labels = [(label.get_text(), label.get_fontweight()) for label in left.get_yticklabels()]
+    assert labels == [("title", "bold"), ("a", "normal"), ("b", "normal")]
+    pairs = [label.get_text() for label in right.get_yticklabels()]
+    assert dict(zip(right.get_yticks(), pairs, strict=True)) == {1: "30", 2: "15"}
+    assert list(left.lines[1].get_xdata()) == [-0.02, -0.02]
+    assert list(right.lines[1].get_xdata()) == [-0.03, -0.03]
+    assert left.lines[1].get_ydata()[0] == 1.5  # from the row `first` on
+    assert list(left.lines[2].get_xdata()) == [-0.01, 0.02]
+    assert [text.get_text() for text in right.texts] == ["← -0.35 [-0.40, -0.30]"]
+    assert len(left.lines) - len(right.lines) == 2  # an interval and its middle
+
+
+def test_every_condition_of_the_study_has_its_words():
+    pytest.importorskip("scipy", reason="pip install scipy")
+    recorded = study.read(HERE / "study.csv")
+    seen = [row for row in recorded if row["regime"] == "default" and row["seed"] < 10]
+    part = study_tables.Part(seen)
+    named = [name for conditions in walk.STUDY.values() for name in conditions]
+    assert sorted(named) == sorted(part.others)
+    rows = {row.label: row for row in walk.study_rows(part)}
+    default = rows["SRPO as it is by default"]
+    assert default.pairs == 30
+    accuracy = np.concatenate(part.differences("srpo", "accuracy"))
+    middle = np.sort(accuracy)[7:23].mean()  # the interquartile mean of 30
+    low, found, high = default.found[0]
+    assert found == pytest.approx(middle)
+    assert low < found < high
+    grey = {row.label for row in rows.values() if row.color == walk.GREY}
+    assert grey == {row.label for row in rows.values() if 0 < row.pairs < 30}
 
 
 def test_the_surrogate_is_clipped_at_the_same_ratios_for_every_weight():
@@ -240,6 +327,23 @@ def test_images_and_their_squares():
     figure = pictures.image_table([("what", [image, image])], ["original", "p"])
     assert [len(axes.images) for axes in figure.axes] == [0, 1, 1]
     assert [axes.get_title() for axes in figure.axes] == ["", "original", "p"]
+    figure = pictures.image_table([("what", [image, None])], ["original", "p"])
+    assert [len(axes.images) for axes in figure.axes] == [0, 1, 0]
+
+
+def test_a_corruption_without_strength_is_shown_once():
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    rows, heads = walk.corrupted_rows(image, 2)
+    assert heads == ["original", "p = 0.3", "p = 0.6", "p = 1.0", "no strength"]
+    for text, images in rows:
+        kind = text.split("\n")[0]
+        results = {corrupt(image, kind, patch=2, p=p, seed=0).tobytes() for p in (0.3, 1.0)}
+        gaps = [shown is None for shown in images]
+        if len(results) == 1:
+            assert gaps == [False, True, True, True, False], kind
+        else:
+            assert gaps == [False, False, False, False, True], kind
 
 
 # ---- figures of a model
@@ -264,6 +368,32 @@ def test_pieces_that_straddle_a_tag_have_its_role():
     assert walk.roles_of_pieces(pieces[:-1]).tolist() == [0] * 5
 
 
+def test_an_empty_perception_leaves_a_response_to_grpo():
+    roles = walk.roles_of_pieces(walk.EMPTY)[None]
+    assert roles.unique().tolist() == [0, 2]
+    contrasts = torch.arange(float(len(walk.EMPTY)))[None]
+    assert srpo.token_weights(contrasts, roles).unique().tolist() == [1.0]
+    assert parse_response("".join(walk.EMPTY)) is not None
+
+
+def test_a_perception_is_exchanged_for_one_of_equal_length():
+    roles = torch.tensor([[0, 1, 1, 2], [0, 1, 1, 2], [0, 1, 1, 2], [0, 1, 2, 0], [0, 1, 1, 2]])
+    ids = torch.tensor([[9, 1, 2, 8], [9, 1, 2, 8], [9, 3, 4, 8], [9, 5, 8, 9], [9, 6, 7, 8]])
+    prompt = torch.tensor([0, 0, 0, 0, 1])
+    mask = torch.ones(5, 4, dtype=torch.bool)
+    zeros = torch.zeros(5, 4)
+    batch = Namespace(roles=roles, rollout=Rollout(ids, mask, zeros, zeros, prompt))
+    partners = [walk.partner(batch, row, same_question=True) for row in range(5)]
+    assert partners == [2, 2, 0, None, None]  # row 1 says what row 0 says
+    partners = [walk.partner(batch, row, same_question=False) for row in range(5)]
+    assert partners == [4, 4, 4, None, 0]
+    rollout, rows = walk.exchanged(batch, same_question=True)
+    assert rows.tolist() == [True, True, True, False, False]
+    assert rollout.ids[0].tolist() == [9, 3, 4, 8]
+    assert rollout.ids[3:].tolist() == ids[3:].tolist()
+    assert batch.rollout.ids[0].tolist() == [9, 1, 2, 8]  # the batch is left as it was
+
+
 def test_made_up_words_are_found():
     fact = Fact("a1", "red", "circle")
     query = Query("count", ("red",))
@@ -285,11 +415,16 @@ def test_made_up_words_are_found():
     found = walk.words(batch, other, other * 2, other * 3)
     assert found["A > 0", "true"].tolist() == [[2.0, 4.0, 0.5, 6.0]]
     assert found["A > 0", "made up"].tolist() == [[3.0, 6.0, 0.5, 9.0]]
+    batch.roles[0, 1:3] = R
+    kinds = {"name of a cell": 1.0, "what matches": 2.0}
+    assert walk.by_kind(batch, other, torch.tensor([True])) == kinds
+    assert walk.by_kind(batch, other, torch.tensor([False])) == {}
+    assert [walk.kind_of(word) for word in ("no", "so", "12")] == ['"no"', '"so"', "result"]
 
 
 def test_limits_are_counted_by_hand():
     roles = torch.tensor([[1, 1, 2, 2, 0]])
-    delta = torch.tensor([[1.0, 0.65, 0.10, 0.75, 0.0]])  # the README's worked example
+    delta = torch.tensor([[1.0, 0.65, 0.10, 0.75, 0.0]])  # the example of section 5
     near = distribution.relative(delta, roles)
     assert near[0, :4].tolist() == pytest.approx([0.375, 0.025, -0.525, 0.125])
     assert distribution.share_at_limit(near[0, :4], 0.8, 1.2) == 0.5
