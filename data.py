@@ -19,7 +19,7 @@ import io
 import json
 import re
 import unicodedata
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from pathlib import Path
@@ -220,11 +220,12 @@ class DrawnTask:
     held_out = frozenset()  # scenes are held out by their content, not by the bytes of an image
     fingerprint = "drawn"
 
-    def __init__(self, task: str, *, seed: int = 0, size: int = 48, objects=(3, 4)):
+    def __init__(self, task: str, *, seed=0, size=48, objects=(3, 4), system=""):
         self.task = task
         self.seed = seed
         self.size = size
         self.objects = objects
+        self.system = system
 
     def train_batch(self, step: int, n: int) -> list[Example]:
         return self.draw(n, (self.seed, step, 1), held_out=False)
@@ -241,7 +242,8 @@ class DrawnTask:
         """n examples that depend on `key` alone."""
         rng = np.random.default_rng(key)
         options = {"held_out": held_out, "size": self.size, "objects": self.objects}
-        return [draw_example(self.task, rng, **options) for _ in range(n)]
+        drawn = [draw_example(self.task, rng, **options) for _ in range(n)]
+        return [replace(example, system=self.system) for example in drawn]
 
 
 def respond(perception: str, reasoning: str, answer: str) -> str:
@@ -426,20 +428,24 @@ class OwnTask:
         self.answers = [example.answer for _, example in rows]
         images = sorted(set().union(*digests))
         content = [example.row for _, example in rows]
-        self.fingerprint = hashlib.sha256(repr((content, images)).encode()).hexdigest()
+        content += [sorted(row_images) for row_images in digests]
+        self.fingerprint = hashlib.sha256(repr(content).encode()).hexdigest()
         if held_out is None:
             held_out = images[: max(1, len(images) // 10)]
         if eval_all:
             held_out = images
         self.held_out = with_neighbors(set(held_out), digests)
-        self._eval = []
-        self._train = []
+        self.eval_rows = []
+        self.train_rows = []
         for row, row_images in zip(rows, digests, strict=True):
-            split = self._eval if row_images & self.held_out else self._train
-            split.append(row)
-        if not self._train and not eval_all:
+            if row_images & self.held_out:
+                self.eval_rows.append(row)
+            else:
+                self.train_rows.append(row)
+        if not self.train_rows and not eval_all:
             needed = "needs at least two different images, one to train on and one to hold out"
-            raise InputError(f"{path}: {needed}")
+            together = "rows that share an image, directly or by others, stay together"
+            raise InputError(f"{path}: {needed}; {together}")
 
     def prompts(self) -> list[tuple[Example, list]]:
         """All examples, without their images, and the sizes of these."""
@@ -450,16 +456,18 @@ class OwnTask:
         examples = []
         order_of = {}  # of each epoch that the batch touches
         for position in range(step * n, (step + 1) * n):
-            epoch, index = divmod(position, len(self._train))
+            epoch, index = divmod(position, len(self.train_rows))
             if epoch not in order_of:
                 rng = np.random.default_rng((self.seed, epoch))
-                order_of[epoch] = rng.permutation(len(self._train))
-            example, _ = self._load(*self._train[order_of[epoch][index]])
+                order_of[epoch] = rng.permutation(len(self.train_rows))
+            example, _ = self._load(*self.train_rows[order_of[epoch][index]])
             examples.append(example)
         return examples
 
-    def eval_set(self, n: int | None) -> list[Example]:
-        return [self._load(*row)[0] for row in self._eval[:n]]
+    def eval_set(self, n: int) -> Iterator[Example]:
+        """The first n held-out rows, one at a time: their images may be large."""
+        for row in self.eval_rows[:n]:
+            yield self._load(*row)[0]
 
     def _parse(self, source: str, row: dict) -> tuple[list[str], Example]:
         """Names of the images, and the example without them."""

@@ -158,9 +158,14 @@ class Policy:
         (ids,) = self._tokenize([example], [patches])
         return len(ids), int((ids == self.image_token).sum())
 
-    def encode(self, examples: list[Example]) -> Prompts:
-        """Tokens, positions and pixels. InputError where a text holds an image placeholder."""
-        images = [self.fit(image) for example in examples for image in example.images]
+    def encode(self, examples: list[Example], fitted: bool = False) -> Prompts:
+        """Tokens, positions and pixels. InputError where a text holds an image placeholder.
+
+        With `fitted` the images are as `fit` makes them, which a second time could change them.
+        """
+        images = [image for example in examples for image in example.images]
+        if not fitted:
+            images = [self.fit(image) for image in images]
         out = self.image_processor(images=images, do_resize=False, return_tensors="pt")
         counts = [len(example.images) for example in examples]
         grids = out["image_grid_thw"].split(counts)
@@ -289,7 +294,7 @@ class Policy:
         torch.set_num_threads(threads)
         if not logp.isfinite().all():
             problem = "the policy has diverged: its log-probs are not finite"
-            raise InputError(f"{problem}; start with a lower --lr")
+            raise InputError(f"{problem}; lower --lr, or take another --dtype than float16")
         T = int(mask.sum(dim=1).max())
         logp = logp.masked_fill(~mask, 0)
         entropy = entropy.masked_fill(~mask, 0)
@@ -566,6 +571,8 @@ def load(
             policy = load(base, device=device, dtype=dtype, max_pixels=max_pixels, frozen=True)
             policy.add_lora(adapters["r"], folder=name)
             return policy
+        if Path(name).is_dir():
+            name = str(Path(name).resolve())  # adapters keep it, and may be loaded from elsewhere
         config = transformers.AutoConfig.from_pretrained(name)
         if config.model_type not in FAMILIES:
             raise ValueError(f"a {config.model_type} model, not one of {', '.join(FAMILIES)}")

@@ -707,7 +707,8 @@ def scored(policy):
     prompts = policy.encode(examples)
     assert (prompts.mask == 0).any()
     options = train.resolve_options(["--device", "cpu"])
-    corrupted_prompts = policy.encode(train.corrupted_copies(examples, policy, options, step=1))
+    copies = train.corrupted_copies(examples, policy, options, step=1)
+    corrupted_prompts = policy.encode(copies, fitted=True)
     rng = torch.Generator().manual_seed(0)
     limits = {"max_new_tokens": 24, "temperature": 0.7}
     rollout = policy.sample(prompts, 2, generator=rng, **limits)
@@ -1201,12 +1202,12 @@ def test_your_rows_are_split_by_image_and_seen_once_an_epoch(jsonl):
     for step in range(6):
         stream += [example.source for example in task.train_batch(step, 3)]
     assert [example.source for example in task.train_batch(4, 3)] == stream[12:15]
-    assert max(len(example.images) for example in epoch + task.eval_set(9)) == 2
+    assert max(len(example.images) for example in [*epoch, *task.eval_set(9)]) == 2
 
 
 def test_with_eval_all_every_row_is_for_evaluation(jsonl):
     task = data.OwnTask(jsonl(), eval_all=True)
-    assert len(task.eval_set(99)) == 20
+    assert len(list(task.eval_set(99))) == 20
 
 
 def test_no_image_is_in_both_parts_under_whatever_name(jsonl, tmp_path):

@@ -21,7 +21,9 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -82,18 +84,18 @@ def train(args: argparse.Namespace, run: "Run") -> None:
     judge = build_judge(args)
     task = build_task(args, judge)
     weigh = build_weigh(args)
-    held_out = task.eval_set(args.eval_size)
     records = run.log()
     check_data(records, task, args)
     policy, reference, optimizer, scaler = prepare(args, run, task)
     done = run.restore(optimizer, scaler, args.device)
     check_prompts(policy, task, args)
     if not records:
-        start = evaluate(policy, held_out, judge, args, step=0)
+        start = evaluate(policy, task.eval_set(args.eval_size), judge, args, step=0)
         run.write({**start, "data": task.fingerprint})
     history = [record for record in records if "eval" not in record]
     limits = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
     clip = {"clip_low": args.clip_low, "clip_high": args.clip_high}
+    if_not_finite = "lower --lr, and look at --reward and --weights"
     steps = range(done + 1, args.steps + 1)
     bar = tqdm(steps, args.algo, initial=done, total=args.steps, disable=None)
     for step in bar:
@@ -123,7 +125,7 @@ def train(args: argparse.Namespace, run: "Run") -> None:
 
         # 3. Score the same tokens in other contexts, without gradient. GRPO needs none.
         if args.algo == "srpo":
-            corrupted = policy.encode(corrupted_copies(examples, policy, args, step))
+            corrupted = policy.encode(corrupted_copies(examples, policy, args, step), fitted=True)
             logp_corrupted = score(policy, corrupted, rollout, args)  # [B, T], for step 2
             visible = without_perception(mask, roles)  # [B, T]
             cache = rollout.prompt_cache
@@ -167,7 +169,7 @@ def train(args: argparse.Namespace, run: "Run") -> None:
                 stats["loss"] = loss
                 for name in totals:
                     totals[name] += stats[name].item() / args.inner_epochs
-            grad_norms.append(optimizer_step(optimizer, scaler, run, step))
+            grad_norms.append(optimizer_step(optimizer, scaler, run, step, if_not_finite))
         clock.append(time.perf_counter())
 
         # 6. Report, evaluate, save.
@@ -185,7 +187,7 @@ def train(args: argparse.Namespace, run: "Run") -> None:
         say_trouble(history)
         last = step == args.steps
         if last or (args.eval_every and step % args.eval_every == 0):
-            run.write(evaluate(policy, held_out, judge, args, step))
+            run.write(evaluate(policy, task.eval_set(args.eval_size), judge, args, step))
             run.keep_best(policy)
         if last or (args.save_every and step % args.save_every == 0):
             run.save(step, policy, optimizer, scaler)  # at the end: it holds all records so far
@@ -278,7 +280,7 @@ def token_metrics(rollout, old_logp, roles, w) -> dict:
     return {name: x.mean().item() if len(x) else None for name, x in values.items()}
 
 
-def optimizer_step(optimizer, scaler, run: "Run", step: int) -> float | None:
+def optimizer_step(optimizer, scaler, run: "Run", step: int, cause: str) -> float | None:
     """A step along the gradients that have added up, cut to norm 1; their norm before.
 
     None where float16 has overflowed: the scaler leaves the step out and lowers its scale.
@@ -291,9 +293,10 @@ def optimizer_step(optimizer, scaler, run: "Run", step: int) -> float | None:
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
     if not math.isfinite(norm):
         if scaler.get_scale() <= 1:  # 1 in other dtypes
-            cause = "lower --lr, and look at --reward and --weights"
-            kept = f"the last checkpoint is {run.checkpoint()}"
-            raise InputError(f"step {step}: the gradient is not finite: {cause}; {kept}")
+            said = f"step {step}: the gradient is not finite: {cause}"
+            if run.checkpoint():
+                said += f"; the last checkpoint is {run.checkpoint()}"
+            raise InputError(said)
         norm = None
     scaler.step(optimizer)
     scaler.update()
@@ -337,20 +340,22 @@ def steps_in_a_row(happened) -> int:
     return count
 
 
-def evaluate(policy, examples, judge, args, step: int, batch: int = 64) -> dict:
+def evaluate(policy, examples: Iterable, judge, args, step: int, batch: int = 64) -> dict:
     """Record of a response to each example, at --eval-temperature, always drawn alike."""
     rng = generator(args, 0, purpose=1)
     limits = {"max_new_tokens": args.max_new_tokens, "temperature": args.eval_temperature}
     verdicts = []
     samples = []
-    for first in tqdm(range(0, len(examples), batch), "evaluating", leave=False, disable=None):
-        asked = examples[first : first + batch]
+    examples = iter(tqdm(examples, "evaluating", leave=False, disable=None))
+    asked = list(islice(examples, batch))
+    while asked:
         rollout = policy.sample(policy.encode(asked), 1, generator=rng, **limits)
         for (text, _), example in zip(policy.decode(rollout), asked, strict=True):
             verdicts.append(judge(text, example))
             sample = {"question": example.question, "answer": example.answer, "response": text}
             samples.append({**sample, "verdict": in_words(verdicts[-1])})
-    figures = {**averages(verdicts), "n": len(examples), "temperature": args.eval_temperature}
+        asked = list(islice(examples, batch))
+    figures = {**averages(verdicts), "n": len(verdicts), "temperature": args.eval_temperature}
     return {"step": step, "eval": figures, "samples": samples[:3]}
 
 
@@ -400,6 +405,9 @@ def build_task(args, judge=None):
         task = data.OwnTask(args.data, args.seed, **options)
         if not args.reward:
             note_hard_answers(task.answers)
+        if len(task.eval_rows) > 0.3 * len(task.answers) and not args.eval_all:
+            shares = f"{len(task.eval_rows)} of {len(task.answers)} rows are held out"
+            print(f"note: {shares}, as rows that share an image stay together", file=sys.stderr)
         return task
     task = drawn_task(args)
     if judge is not None:
@@ -416,7 +424,8 @@ def check_data(records: list[dict], task, args) -> None:
 
 
 def drawn_task(args) -> data.DrawnTask:
-    return data.DrawnTask(args.task, seed=args.seed, size=args.image_size)
+    options = {"seed": args.seed, "size": args.image_size, "system": args.system}
+    return data.DrawnTask(args.task, **options)
 
 
 def note_hard_answers(answers: list[str]) -> None:
@@ -436,6 +445,8 @@ def build_weigh(args):
     function = load_function("--weights", args.weights)
 
     def weigh(logp, *tensors, **options):
+        if len(logp) == 0:  # no response has an advantage
+            return torch.ones_like(logp)
         try:
             w = function(logp, *tensors, **options)
             if w.shape != logp.shape:
@@ -579,7 +590,7 @@ def warmed_up(args, run: "Run", task) -> str:
     """
     folder = run.path / "warmed-up"
     if args.model == "tiny" and not args.demonstrations:  # kept for other runs, by all it takes
-        names = ["task", "seed", "image_size", "device", "dtype"]
+        names = ["task", "seed", "image_size", "system", "device", "dtype"]
         names += ["warmup_steps", "warmup_lr", "warmup_noise"]
         versions = [WARMUP_VERSION, torch.__version__, transformers.__version__]
         made_by = versions + [getattr(args, name) for name in names]
@@ -614,7 +625,8 @@ def imitate(policy, args, run: "Run", task) -> None:
     more than the form.
     """
     if args.demonstrations:
-        demonstrations = data.OwnTask(args.demonstrations, args.seed, held_out=task.held_out)
+        options = {"system": args.system, "held_out": task.held_out}
+        demonstrations = data.OwnTask(args.demonstrations, args.seed, **options)
     else:  # of a drawn task also with --data, whose rows need not show a response
         demonstrations = drawn_task(args)
     if args.model == "tiny":
@@ -623,6 +635,9 @@ def imitate(policy, args, run: "Run", task) -> None:
     else:
         parameters = trainable(policy, args)
         batch = args.prompts
+    check_prompts(policy, task, args)
+    for example, _ in demonstrations.prompts():
+        demonstrate(example, 0.0, np.random.default_rng(0))  # one without a response is said now
     options = {"lr": 1.0, "betas": (0.9, 0.95), "weight_decay": 0.01, "fused": True}
     optimizer = torch.optim.AdamW(parameters, **options)
     scaler = gradient_scaler(args)
@@ -642,7 +657,7 @@ def imitate(policy, args, run: "Run", task) -> None:
             rows = slice(start, start + args.micro_batch)
             logp = policy.log_probs(prompts, written[rows], temperature=1.0)
             scaler.scale(-logp.sum() / written.mask.sum()).backward()
-        optimizer_step(optimizer, scaler, run, step + 1)
+        optimizer_step(optimizer, scaler, run, step + 1, cause="lower --warmup-lr")
         if knows_the_form:
             continue
         last = step + 1 == args.warmup_steps
@@ -696,8 +711,12 @@ class Run:
             raise InputError(f"--out {self.path}: not empty; {advice}")
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock()
-        text = json.dumps(options, indent=1)
-        (self.path / "args.json").write_text(text + "\n", encoding="utf-8")
+        self.keep_options(options)
+
+    def keep_options(self, options: dict) -> None:
+        beside = self.path / "args.json.tmp"
+        beside.write_text(json.dumps(options, indent=1) + "\n", encoding="utf-8")
+        beside.replace(self.path / "args.json")
 
     def argv(self) -> list[str]:
         """The options that it was started with, to be checked again, in the folder of that time."""
@@ -850,7 +869,7 @@ def build_parser() -> Parser:
     group = parser.add_argument_group("what most people need first")
     add("--model", "tiny, a folder, or a hub name such as Qwen/Qwen2-VL-2B-Instruct", "tiny")
     add("--data", "JSON lines of image(s), question, answer; else a drawn task", metavar="FILE")
-    add("--system", "what each chat of --data begins with", "", metavar="TEXT", type=str)
+    add("--system", "what each chat begins with", "", metavar="TEXT", type=str)
     add("--task", "which drawn task", "count", choices=data.TASKS)
     add("--reward", "your own reward, (response text, example) -> float", metavar=function)
     add("--algo", "grpo: the same advantage for every token", "srpo", choices=("srpo", "grpo"))
@@ -968,8 +987,11 @@ def open_run(argv: list[str]) -> tuple[argparse.Namespace, Run]:
         for option in sorted(given - {"--resume", "--steps", "--micro-batch"}):
             said = f"not with --resume, which takes the options of {args.resume}"
             raise InputError(f"{option}: {said}")
-        args = resolve_options([*run.argv(), *argv])
+        words = [*run.argv(), *argv]
+        args = resolve_options(words)
         run.rewind()
+        if len(given) > 1:  # more steps: the next --resume goes on to them, too
+            run.keep_options({"argv": words, "cwd": os.getcwd(), **vars(args)})
     else:
         args = resolve_options(argv)
         run = Run(args.out or new_folder(args))

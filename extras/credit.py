@@ -76,7 +76,8 @@ def sample(policy: model.Policy, examples: list[Example], args, step: int) -> Ba
 
 def corrupted_log_probs(policy: model.Policy, batch: Batch, args, step: int) -> Tensor:
     """[B, T], for step 2."""
-    corrupted = policy.encode(train.corrupted_copies(batch.examples, policy, args, step))
+    copies = train.corrupted_copies(batch.examples, policy, args, step)
+    corrupted = policy.encode(copies, fitted=True)
     return train.score(policy, corrupted, batch.rollout, args)
 
 

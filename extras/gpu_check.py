@@ -117,7 +117,8 @@ def scores(policy) -> torch.Tensor:
     args = train.resolve_options(["--device", "cpu"])
     examples, written = asked(policy)
     prompts = policy.encode(examples)
-    corrupted = policy.encode(train.corrupted_copies(examples, policy, args, step=1))
+    copies = train.corrupted_copies(examples, policy, args, step=1)
+    corrupted = policy.encode(copies, fitted=True)
     roles = train.response_roles(policy.decode(written), written)
     visible = without_perception(written.mask, roles)
     found = [

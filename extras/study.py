@@ -183,7 +183,7 @@ def last_evaluations(folder: Path) -> list[dict]:
     run = train.Run(folder)
     args = train.resolve_options(run.argv())
     policy = train.load_policy(args, run.checkpoint())
-    examples = train.build_task(args).eval_set(FINAL)
+    examples = list(train.build_task(args).eval_set(FINAL))
     painted = []
     swapped = []
     for i, example in enumerate(examples):

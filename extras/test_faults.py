@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import data  # noqa: E402
+import model  # noqa: E402
 import train  # noqa: E402
 from test_srpo import QUICK, SMALL, cache, complaint, jsonl, numbers, run  # noqa: E402, F401
 
@@ -247,3 +249,150 @@ def test_help_does_without_docstrings():  # transformers itself cannot load a mo
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--w-min" in done.stdout
+
+
+# ---- found before the cold start
+
+
+def test_a_response_without_room_is_said_before_the_cold_start(tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = [*QUICK, *SMALL, "--warmup-steps", 2, "--max-new-tokens", 5000]
+    assert "exceed the model's 1024" in complaint(capsys, *argv, "--out", out)
+    assert not list(out.glob("warmed-up"))
+    argv[-1] = 8
+    run(out, *argv, "--eval-size", 2, "--steps", 0)  # the folder can be used
+
+
+def test_a_row_without_a_response_is_said_before_the_cold_start(
+    jsonl,  # noqa: F811
+    tmp_path,
+    capsys,
+):
+    rows = [{"image": f"{i % 10}.png", "question": "q?", "answer": 1} for i in range(20)]
+    for row in rows[:-1]:
+        row["response"] = data.respond("a", "b", "1")
+    path = jsonl(lines=[json.dumps(row) for row in rows])
+    argv = [*QUICK, *SMALL, "--demonstrations", path, "--warmup-steps", 1, "--prompts", 1]
+    said = complaint(capsys, *argv, "--out", tmp_path / "out")
+    assert f"{path}:20: needs a response, to be imitated" in said
+
+
+def test_a_diverging_cold_start_names_its_own_rate(tmp_path, capsys, monkeypatch):
+    class Task(data.DrawnTask):
+        def prompts(self):
+            return []
+
+    args = train.resolve_options([*map(str, COLD), "--warmup-steps", "2", "--warmup-lr", "1e9"])
+    policy = train.load_policy(args, "tiny")
+    policy.model.lm_head.weight.data.fill_(torch.nan)
+    with pytest.raises(data.InputError) as error:
+        train.imitate(policy, args, train.Run(tmp_path), Task("count"))
+    assert str(error.value) == "step 1: the gradient is not finite: lower --warmup-lr"
+
+
+# ---- what was asked for holds to the end
+
+
+def test_more_steps_are_remembered_by_a_later_resume(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    run(out, *COLD, "--steps", 1)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "say_trouble", stop)
+        assert train.main(["--resume", str(out), "--steps", "3"]) == 130
+    assert train.main(["--resume", str(out)]) == 0
+    steps = [record["step"] for record in numbers(out) if "eval" not in record]
+    assert steps == [1, 2, 3]
+
+
+def test_a_step_without_any_advantage_needs_no_weights(tmp_path):
+    text = "def f(logp, c, *_, **__):\n    return 1 + 0 * logp + 0 * (logp - c).abs().max()\n"
+    reward = tmp_path / "reward.py"
+    reward.write_text("def f(text, example):\n    return 1.0\n")
+    argv = [*COLD, "--steps", 1, "--reward", f"{reward}:f", "--weights", script(tmp_path, text)]
+    _, (step,) = run(tmp_path / "out", *argv)
+    assert step["used_groups"] == 0
+
+
+@pytest.mark.parametrize("saved", [{}, None], ids=["of float32", "of an earlier version"])
+def test_a_checkpoint_without_a_scaler_is_gone_on_with_in_float16(saved, tmp_path):
+    out = tmp_path / "out"
+    run(out, *COLD, "--steps", 1, "--dtype", "float16")
+    file = train.Run(out).checkpoint() / "trainer.pt"
+    state = torch.load(file)
+    assert state.pop("scaler")["scale"] > 1
+    if saved is not None:
+        state["scaler"] = saved
+    torch.save(state, file)
+    assert train.main(["--resume", str(out), "--steps", "2"]) == 0
+    assert numbers(out)[-1]["step"] == 2
+
+
+def test_the_system_text_begins_every_chat(jsonl, tmp_path, monkeypatch):  # noqa: F811
+    seen = []
+    chat = model.Policy._chat
+
+    def listening(policy, example, n_images):
+        seen.append(example.system)
+        return chat(policy, example, n_images)
+
+    monkeypatch.setattr(model.Policy, "_chat", listening)
+    row = {"image": "0.png", "question": "q?", "answer": 1, "response": data.respond("a", "b", "1")}
+    rows = [json.dumps({**row, "image": f"{i}.png"}) for i in range(4)]
+    cold = ["--demonstrations", jsonl(lines=rows), "--warmup-steps", 2]
+    run(tmp_path / "out", *COLD, "--system", "Be kind.", *cold, "--steps", 1)
+    assert len(seen) > 20
+    assert set(seen) == {"Be kind."}
+
+
+# ---- images
+
+
+def test_corrupted_images_are_fitted_once():
+    """A second time could give them another size, since the limits here are one and the same."""
+    policy = model.build_tiny()
+    policy.pixel_limits = (2304, 2304)
+    image = Image.new("RGB", (83, 61), "red")
+    example = data.Example((image,), "How many red?", "1")
+    args = train.resolve_options(["--corruption-p", "0", "--device", "cpu"])
+    (copy,) = train.corrupted_copies([example], policy, args, step=1)
+    assert policy.fit(copy.images[0]).size != copy.images[0].size
+    clean = policy.encode([example])
+    corrupted = policy.encode([copy], fitted=True)
+    assert torch.equal(clean.ids, corrupted.ids)
+    assert torch.equal(clean.pixels[0], corrupted.pixels[0])
+
+
+def test_rows_that_share_images_are_counted(jsonl, tmp_path, capsys):  # noqa: F811
+    def write(images):
+        rows = [{"images": names, "question": "q?", "answer": 1} for names in images]
+        return jsonl(lines=[json.dumps(row) for row in rows])
+
+    files = [f"{i}.png" for i in range(10)]
+    ((names, _),) = data.OwnTask(write([[file] for file in files])).eval_rows
+    files.remove(names[0])
+    path = write([[names[0], file] for file in files[:5]] + [[file] for file in files[5:]])
+    run(tmp_path / "out", *COLD, "--steps", 0, "--data", path)
+    said = "note: 5 of 9 rows are held out, as rows that share an image stay together\n"
+    assert said in capsys.readouterr().err
+
+
+def test_images_that_change_places_are_other_data(jsonl, tmp_path):  # noqa: F811
+    path = jsonl()
+    before = data.OwnTask(path).fingerprint
+    first, second = (tmp_path / "0.png").read_bytes(), (tmp_path / "1.png").read_bytes()
+    (tmp_path / "0.png").write_bytes(second)
+    (tmp_path / "1.png").write_bytes(first)
+    assert data.OwnTask(path).fingerprint != before
+
+
+def test_held_out_images_are_read_when_they_are_asked_about(jsonl):  # noqa: F811
+    task = data.OwnTask(jsonl(), eval_all=True)
+    examples = task.eval_set(20)
+    assert next(examples).source.endswith(":1")
+    (task.path.parent / "1.png").unlink()
+    with pytest.raises(data.InputError, match="No such file"):
+        next(examples)

@@ -56,7 +56,7 @@ def test_rows_and_images_are_those_of_the_data_set(tmp_path, capsys):
     kept = [(out / row["images"][0]).read_bytes() for row in written]
     assert kept == [image["bytes"] for image in images]  # not encoded again
     task = data.OwnTask(out / "rows.jsonl")
-    examples = task.train_batch(0, 11) + task.eval_set(9)
+    examples = [*task.train_batch(0, 11), *task.eval_set(9)]
     assert {example.answer for example in examples} == set(answers)
     for example in examples:
         red, _, _ = example.images[0].getpixel((5, 5))

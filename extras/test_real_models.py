@@ -210,7 +210,7 @@ def test_scores_and_gradients_are_those_of_stock_calls(family):
     _, _, policy = family
     examples = asked(policy)
     prompts = policy.encode(examples)
-    corrupted = policy.encode(corrupted_copies(policy, examples))
+    corrupted = policy.encode(corrupted_copies(policy, examples), fitted=True)
     rng = torch.Generator().manual_seed(0)
     rollout = policy.sample(prompts, 8, max_new_tokens=12, temperature=1.0, generator=rng)
     written, roles, visible = written_by(policy)
@@ -225,7 +225,7 @@ def test_contrasts_are_not_zero_and_hidden_tokens_are_gone(family):
     name, _, policy = family
     examples = asked(policy)
     prompts = policy.encode(examples)
-    corrupted = policy.encode(corrupted_copies(policy, examples))
+    corrupted = policy.encode(corrupted_copies(policy, examples), fitted=True)
     written, roles, visible = written_by(policy)
     logp = policy.log_probs(prompts, written, 1.0)
     logp_corrupted = policy.log_probs(corrupted, written, 1.0)

@@ -85,7 +85,7 @@ def test_an_overflow_of_float16_leaves_the_step_out():
     before = optimizer.param_groups[0]["params"][0].clone()
     scaler = scaler_of(8.0)
     scaler.scale(torch.ones(1))  # a scaler that was never used has no scale yet
-    assert train.optimizer_step(optimizer, scaler, train.Run("x"), step=3) is None
+    assert train.optimizer_step(optimizer, scaler, train.Run("x"), 3, "lower --lr") is None
     assert torch.equal(optimizer.param_groups[0]["params"][0], before)
     assert scaler.get_scale() == 4
 
@@ -95,7 +95,7 @@ def test_a_gradient_that_is_not_finite_at_any_scale_stops_the_run(scaler):
     if scaler.is_enabled():
         scaler.scale(torch.ones(1))
     with pytest.raises(data.InputError, match="step 3: the gradient is not finite: lower --lr"):
-        train.optimizer_step(overflowing_optimizer(), scaler, train.Run("x"), step=3)
+        train.optimizer_step(overflowing_optimizer(), scaler, train.Run("x"), 3, "lower --lr")
 
 
 @pytest.mark.parametrize(
@@ -218,6 +218,16 @@ def test_a_folder_of_adapters_says_its_rank_itself(adapters):
     assert args.lora == 4
     assert args.lr == train.REAL_LORA["lr"]
     assert train.resolve_options(["--model", str(adapters), "--lora", "4"]).lora == 4
+
+
+def test_adapters_of_a_relative_folder_are_found_from_elsewhere(hub, tmp_path, monkeypatch):
+    pytest.importorskip("peft", reason="pip install peft")
+    monkeypatch.chdir(hub.parent)
+    policy = model.load(f"./{hub.name}", frozen=True)
+    policy.add_lora(2)
+    policy.save(tmp_path / "adapters")
+    monkeypatch.chdir(tmp_path)
+    assert model.load(str(tmp_path / "adapters")).adapter is not None
 
 
 def test_adapters_see_images_of_the_size_they_were_trained_with(adapters, tmp_path):
@@ -416,11 +426,11 @@ def test_demonstrations_of_held_out_images_are_not_imitated(jsonl, tmp_path):  #
     form = data.respond("a", "b", "1")
     rows = [{"image": f"{i}.png", "question": "q?", "answer": 1} for i in range(10)]
     task = data.OwnTask(jsonl(lines=[json.dumps(row) for row in rows]))
-    held_out = {Path(names[0]).name for names, _ in task._eval}
+    held_out = {Path(names[0]).name for names, _ in task.eval_rows}
     shown = [{**row, "response": form} for row in rows]
     path = tmp_path / "demonstrations.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in shown) + "\n")
     demonstrations = data.OwnTask(path, held_out=task.held_out)
-    imitated = {Path(names[0]).name for names, _ in demonstrations._train}
+    imitated = {Path(names[0]).name for names, _ in demonstrations.train_rows}
     assert len(held_out) == 1
     assert imitated == {f"{i}.png" for i in range(10)} - held_out
