@@ -107,7 +107,7 @@ def test_sentences_state_the_facts(monkeypatch):
     study.install_sentences()
     policy = model.build_tiny()
     rng = np.random.default_rng(0)
-    args = Namespace(task="add", seed=0, image_size=48, data=None)
+    args = train.resolve_options(["--task", "add", "--device", "cpu"])
     examples = train.build_task(args).train_batch(0, 200)
     texts = [train.demonstrate(example, 0.0, rng) for example in examples]
     assert {len(example.scene) for example in examples} == {4, 5, 6}
