@@ -28,6 +28,7 @@ the largest:
 import copy
 import json
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -140,7 +141,7 @@ class Policy:
         placeholders = {self.image_token, model.config.video_token_id}
         forbidden = sorted(placeholders | set(range(len(tokenizer), vocabulary)))
         self.forbidden = torch.tensor(forbidden, device=self.device)
-        self.logit_chunk = max(1, LOGITS_AT_A_TIME // vocabulary)  # response positions
+        self.logit_chunk = max(1, LOGITS_AT_A_TIME // vocabulary)  # rows of [n, V] at a time
         added = tokenizer.get_added_vocab()
         self.bytes_of = {}
         for word, index in tokenizer.get_vocab().items():
@@ -261,10 +262,9 @@ class Policy:
         positions = self._response_positions(prompts, prompt, torch.ones_like(mask))  # [3, B, T]
         alive = torch.ones(B, dtype=torch.bool, device=self.device)
         eos = torch.tensor(self.eos, device=self.device)
-        threads = torch.get_num_threads()
-        if B * self.model.config.get_text_config().hidden_size < 2**13:
-            torch.set_num_threads(1)  # sharing products so small costs more than it gains
-        with self._autocast():  # around all of it, so that weights are cast once
+        numbers = B * self.model.config.get_text_config().hidden_size
+        # Autocast is around all of it, so that weights are cast once.
+        with threads_for(numbers), self._autocast():
             prompt_cache = self.read_prompts(prompts, torch.arange(N, device=self.device))
             cache = sampling_cache(prompt_cache.keys_and_values, prompt, max_new_tokens, self.dtype)
             state = prompt_cache.last_state[prompt]  # [B, H]
@@ -291,7 +291,6 @@ class Policy:
                     past_key_values=cache,
                 )
                 state = out.last_hidden_state[:, -1]
-        torch.set_num_threads(threads)
         if not logp.isfinite().all():
             problem = "the policy has diverged: its log-probs are not finite"
             raise InputError(f"{problem}; lower --lr, or take another --dtype than float16")
@@ -439,6 +438,18 @@ def chat_content(question: str, n_images: int) -> list[dict]:
     return content
 
 
+@contextmanager
+def threads_for(numbers: int):
+    """One thread where a step computes with so few numbers that sharing them does not pay."""
+    threads = torch.get_num_threads()
+    if numbers < 2**13:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     """[n, V] -> a drawn index per row, [n, 1]. `multinomial` would draw a number per index."""
     # In float32 the sum over a large vocabulary would bend the tail.
@@ -500,11 +511,11 @@ def _recomputed(forward, index: int, hidden: Tensor, *, past_key_values: Cache, 
     """Layer `index` on hidden [b, T, H], kept alone if a gradient is to come."""
     if not torch.is_grad_enabled():
         return forward(hidden, past_key_values=past_key_values, **inputs)
-    empty = past_key_values.layers[index]
+    layer_before = past_key_values.layers[index]
 
     def compute(hidden):
-        if isinstance(past_key_values, DynamicCache):  # of prompts: filled anew both times
-            past_key_values.layers[index] = copy.deepcopy(empty)
+        if isinstance(past_key_values, DynamicCache):  # of prompts: it is filled on the way
+            past_key_values.layers[index] = copy.deepcopy(layer_before)
         return forward(hidden, past_key_values=past_key_values, **inputs)
 
     return checkpoint(compute, hidden, use_reentrant=False)
@@ -589,8 +600,9 @@ def load(
             tokenizer.chat_template = processor["chat_template"]
         if "image" not in str(tokenizer.chat_template):
             raise ValueError("no chat template with images (chat_template.json or .jinja)")
-        eyes = Qwen2VLImageProcessorPil.from_pretrained(name)
-        return Policy(model.to(device), tokenizer, eyes, dtype=dtype, max_pixels=max_pixels)
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(name)
+        options = {"dtype": dtype, "max_pixels": max_pixels}
+        return Policy(model.to(device), tokenizer, image_processor, **options)
     except Exception as error:  # what is not there, or not whole, fails in many ways
         if is_out_of_memory(error):
             raise
@@ -682,5 +694,6 @@ def build_tiny(seed: int = 0, *, device: str = "cpu", dtype: torch.dtype = torch
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = transformers.Qwen2VLForConditionalGeneration(config)
-    eyes = Qwen2VLImageProcessorPil(patch_size=8, size={"shortest_edge": 256, "longest_edge": 9216})
-    return Policy(model.to(device), tokenizer, eyes, dtype=dtype)
+    limits = {"shortest_edge": 256, "longest_edge": 9216}  # areas in pixels
+    image_processor = Qwen2VLImageProcessorPil(patch_size=8, size=limits)
+    return Policy(model.to(device), tokenizer, image_processor, dtype=dtype)

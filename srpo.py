@@ -17,9 +17,9 @@ follow from the perception.
     step 7      A_hat   role_aware_advantages    one advantage per token
     step 8      loss    policy_loss              GRPO's clipped surrogate, with A_hat in place of A
 
-This is a reconstruction from the paper's abstract. The numbers of the steps are this project's,
-and the README lists what the abstract leaves open. To copy the file, take it whole: it needs
-torch alone.
+This is a reconstruction from the paper's abstract. The numbers of the steps are this project's;
+section 9 of extras/walkthrough.ipynb lists what the abstract leaves open, and what was chosen.
+To copy the file, take it whole: it needs torch alone.
 
 Shapes: [B, T] is responses x response positions. Entry t of a log-prob is log pi(o_t | everything
 before o_t), already shifted.
@@ -110,12 +110,13 @@ def without_perception(attention_mask: Tensor, roles: Tensor) -> Tensor:
     """The empty perception of step 3: the attention mask of a response without the perception text.
 
     Everything from the first to the last perception token is hidden, white space too: its amount
-    tells what was seen. So is the whole of a token that shares text with the tag behind it. Count
-    position ids over the result; then no later token of an attention model can tell hidden tokens
-    from removed ones. A recurrent model needs them removed.
+    tells what was seen. A token that holds the end of the perception and a part of the closing tag
+    is hidden whole. Compute position ids from the mask of prompt and response together (a running
+    sum): then no later token of an attention model can tell hidden tokens from removed ones. A
+    recurrent model needs them removed.
 
     Args:
-        attention_mask: [B, T], 1 where a response token may be attended to.
+        attention_mask: [B, T], of the response alone, 1 where a token may be attended to.
         roles: [B, T] of `Role` values.
     Returns:
         [B, T], dtype of `attention_mask`; a new tensor.
@@ -157,10 +158,10 @@ def token_weights(
         w, [B, T] float32 (float64 for float64), with mean 1 over a response's scored tokens, so
         that it keeps its total advantage; 1 at OTHER tokens, and everywhere in a response that
         lacks perception or reasoning tokens or has a contrast that is not finite (step 9).
-    Raises ValueError: the shapes differ, tau <= 0, not 0 < w_min <= w_max, or not finite.
+    Raises ValueError: the shapes differ; tau or w_min below 1e-30, w_max above 1e30 or below w_min.
     """
     _check_same_shape(delta=delta, roles=roles)
-    if not (tau >= 1e-30 and 1e-30 <= w_min <= w_max <= 1e30):  # float32 holds no more
+    if not (tau >= 1e-30 and 1e-30 <= w_min <= w_max <= 1e30):  # well inside float32
         limits = f"tau={tau}, w_min={w_min}, w_max={w_max}"
         raise ValueError(f"need tau > 0 and 0 < w_min <= w_max, all finite, got {limits}")
     delta = _at_least_float32(delta.detach())
@@ -216,8 +217,8 @@ def policy_loss(
             into micro-batches, so that the split does not matter; by default those of this call.
     Returns:
         loss: scalar, float32 or better; 0 when the mask is empty.
-        stats: detached scalars that add up over micro-batches: clip_frac, the share of tokens whose
-            gradient is clipped away, and ratio, the mean probability ratio.
+        stats: detached scalars: clip_frac, the share of tokens whose gradient is clipped away, and
+            ratio, the mean probability ratio. With `denominator` they add up over micro-batches.
     Raises ValueError: the shapes do not fit.
     """
     _check_same_shape(logp=logp, old_logp=old_logp, mask=mask)
@@ -333,6 +334,7 @@ def token_roles(text: str, offsets: Sequence[tuple[int, int]], tags: Tags = Tags
         return roles
     is_ink = [not character.isspace() for character in text]
     ink_before = torch.tensor([0, *is_ink]).cumsum(dim=0)  # [k]: non-space characters before k
+    # Perception comes last, and so has the tokens that touch both blocks.
     blocks = [(Role.REASONING, response.reasoning), (Role.PERCEPTION, response.perception)]
     for role, (start, end) in blocks:
         inside = spans.clamp(start, end)  # [T, 2], the part of each token inside the block

@@ -81,35 +81,36 @@ WARMUP_VERSION = 2  # raise it when a change alters the warmed-up tiny model, wh
 
 def train(args: argparse.Namespace, run: "Run") -> None:
     """B responses of up to T tokens a step, G to each prompt; [b, T] is a micro-batch of them."""
+    run.send = build_log(args, run)
     judge = build_judge(args)
     task = build_task(args, judge)
     weigh = build_weigh(args)
     records = run.log()
     check_data(records, task, args)
     policy, reference, optimizer, scaler = prepare(args, run, task)
-    done = run.restore(optimizer, scaler, args.device)
+    run.restore(optimizer, scaler, args.device)
     check_prompts(policy, task, args)
     if not records:
         start = evaluate(policy, task.eval_set(args.eval_size), judge, args, step=0)
         run.write({**start, "data": task.fingerprint})
     history = [record for record in records if "eval" not in record]
-    limits = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
+    sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
     clip = {"clip_low": args.clip_low, "clip_high": args.clip_high}
     if_not_finite = "lower --lr, and look at --reward and --weights"
-    steps = range(done + 1, args.steps + 1)
-    bar = tqdm(steps, args.algo, initial=done, total=args.steps, disable=None)
+    steps = range(run.steps_done() + 1, args.steps + 1)
+    bar = tqdm(steps, args.algo, initial=run.steps_done(), total=args.steps, disable=None)
     for step in bar:
-        # 1. Sample G responses to each prompt.
+        # Sample G responses to each prompt.
         clock = [time.perf_counter()]
         examples = task.train_batch(step - 1, args.prompts)
         prompts = policy.encode(examples)
         rng = generator(args, step)
-        rollout = policy.sample(prompts, args.group_size, generator=rng, **limits)
+        rollout = policy.sample(prompts, args.group_size, generator=rng, **sampling)
         lengths = rollout.mask.sum(dim=1)  # [B], EOS included, padding excluded
-        n_tokens = lengths.sum()  # of all responses, also those that are left out below
+        n_tokens = lengths.sum()  # of all responses: leaving some out does not change the loss
         clock.append(time.perf_counter())
 
-        # 2. Verify: a reward for each response, compared within its group.
+        # Verify: a reward for each response, compared within its group.
         responses = policy.decode(rollout)
         verdicts = judge_all(judge, responses, rollout, examples)
         rewards = [verdict.reward for verdict in verdicts]
@@ -123,18 +124,18 @@ def train(args: argparse.Namespace, run: "Run") -> None:
         roles = response_roles(responses, rollout)  # [B, T]
         mask = rollout.mask  # [B, T]
 
-        # 3. Score the same tokens in other contexts, without gradient. GRPO needs none.
+        # Score the same tokens in other contexts, without gradient. GRPO needs none.
         if args.algo == "srpo":
             corrupted = policy.encode(corrupted_copies(examples, policy, args, step), fitted=True)
             logp_corrupted = score(policy, corrupted, rollout, args)  # [B, T], for step 2
             visible = without_perception(mask, roles)  # [B, T]
-            cache = rollout.prompt_cache
+            cache = rollout.prompt_cache  # of the same prompts and images
             logp_blank = score(policy, prompts, rollout, args, visible, cache)  # for step 3
         if args.kl_coef > 0:
             ref_logp = reference_log_probs(policy, reference, prompts, rollout, args)  # [B, T]
         clock.append(time.perf_counter())
 
-        # 4. Weigh the tokens of each response: here SRPO leaves GRPO, which gives them all A.
+        # Weigh the tokens of each response: here SRPO leaves GRPO, which gives them all A.
         if args.algo == "srpo":
             options = weight_options(args, rollout, step)
             # Steps 2 to 6, and 9: `srpo_weights`, or what --weights puts in its place.
@@ -144,7 +145,7 @@ def train(args: argparse.Namespace, run: "Run") -> None:
             w = torch.ones_like(rollout.logp)
             A_hat = A[:, None].expand_as(w)
 
-        # 5. Update: an optimizer step per inner epoch. Gradients of micro-batches add up.
+        # Update: an optimizer step per inner epoch. Gradients of micro-batches add up.
         totals = {"loss": 0.0, "clip_frac": 0.0}
         if args.kl_coef > 0:
             totals["kl"] = 0.0
@@ -172,7 +173,7 @@ def train(args: argparse.Namespace, run: "Run") -> None:
             grad_norms.append(optimizer_step(optimizer, scaler, run, step, if_not_finite))
         clock.append(time.perf_counter())
 
-        # 6. Report, evaluate, save.
+        # Report, evaluate, save.
         record = {"step": step, **averages(verdicts), "kl": None, **totals}
         record.update(used_groups=used_groups, grad_norm=grad_norms[-1])
         record["skipped"] = grad_norms.count(None)
@@ -183,7 +184,7 @@ def train(args: argparse.Namespace, run: "Run") -> None:
         record.update(sec_generate=seconds[0], sec_score=seconds[1], sec_update=seconds[2])
         run.write(record)
         history.append(record)
-        bar.set_description(f"{args.algo}: accuracy {record['accuracy']:.2f}")
+        say_progress(bar, record)
         say_trouble(history)
         last = step == args.steps
         if last or (args.eval_every and step % args.eval_every == 0):
@@ -195,7 +196,7 @@ def train(args: argparse.Namespace, run: "Run") -> None:
 
 
 def generator(args, step: int, purpose: int = 0) -> torch.Generator:
-    """Random numbers of one step; purpose 0 is training, 1 evaluation."""
+    """Random numbers of one step; purpose 0 is training, 1 evaluation, 2 looking for the form."""
     seed = np.random.SeedSequence((args.seed, step, purpose)).generate_state(1, np.uint64)[0]
     return torch.Generator(args.device).manual_seed(int(seed >> np.uint64(1)))
 
@@ -304,6 +305,13 @@ def optimizer_step(optimizer, scaler, run: "Run", step: int, cause: str) -> floa
     return norm
 
 
+def say_progress(bar, record: dict) -> None:
+    said = f"accuracy {record['accuracy']:.2f}"
+    bar.set_postfix_str(said)
+    if bar.disable:  # no terminal shows it
+        print(f"step {record['step']}: {said}", file=sys.stderr, flush=True)
+
+
 def say_trouble(history: list[dict]) -> None:
     """What keeps the policy from learning, and what to try: after 5, 50 and 500 steps of it."""
     first = history[0]
@@ -385,6 +393,10 @@ def summarize(run: "Run") -> None:
         values = [record["eval"][name] for record in shown]
         if None not in values:
             print(f"{name:12}" + "".join(f"{value:10.3f}" for value in values))
+    weighed = [record for record in run.log() if record.get("w_perception")]
+    if weighed:
+        means = "perception {w_perception:.2f}, reasoning {w_reasoning:.2f}".format(**weighed[-1])
+        print(f"mean weight in step {weighed[-1]['step']}: {means}")
     print("\n{question}  (answer: {answer})".format(**shown[0]["samples"][0]))
     for record in shown:
         sample = record["samples"][0]
@@ -488,6 +500,20 @@ def build_judge(args):
     return judge
 
 
+def build_log(args, run: "Run"):
+    """What the function that --log names returns, a function (numbers, step); None without."""
+    if not args.log:
+        return None
+    function = load_function("--log", args.log)
+    try:
+        return function(run.path, vars(args))
+    except (Exception, SystemExit) as error:  # whatever the function does
+        said = f"cannot start ({kind_and_line(error)})"
+        if isinstance(error, InputError):
+            said = first_line(error)
+        raise InputError(f"--log {args.log}: {said}") from None
+
+
 def load_function(option: str, place: str):
     """The function that FILE.py:NAME says, or InputError."""
     file, _, name = place.rpartition(":")
@@ -502,7 +528,7 @@ def load_function(option: str, place: str):
 def prepare(args, run: "Run", task):
     """Policy, reference (or None), optimizer, and the scaler of float16 gradients."""
     if args.model == "tiny":
-        torch.set_num_threads(1)  # sharing products so small costs more than it gains
+        torch.set_num_threads(1)  # sharing such small products over threads does not pay
         if args.data:
             said = "note: --model is tiny, which knows the words of drawn tasks alone"
             print(said, file=sys.stderr)
@@ -703,8 +729,7 @@ class Run:
 
     def claim(self, options: dict) -> None:
         """Make the folder, with the run's options in it."""
-        left = ("args.json", "lock", "warmed-up.lock")  # by a run that never began
-        if any(file.name not in left for file in self.path.glob("*")):
+        if self.began():
             advice = "give a new folder"
             if (self.path / "args.json").exists():
                 advice = f"--resume {self.path} goes on with it"
@@ -712,6 +737,16 @@ class Run:
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock()
         self.keep_options(options)
+
+    def began(self) -> bool:
+        """Whether the folder holds more than what a run writes before it begins."""
+        before = ("args.json", "lock", "warmed-up.lock")
+        return any(file.name not in before for file in self.path.glob("*"))
+
+    def discard(self) -> None:
+        """Remove the folder of a run that never began: its name is free for another try."""
+        if not self.began():
+            shutil.rmtree(self.path)
 
     def keep_options(self, options: dict) -> None:
         beside = self.path / "args.json.tmp"
@@ -760,6 +795,12 @@ class Run:
         """The last whole one; what a kill has left half written has another name."""
         return max(self.path.glob("checkpoint-" + 6 * "[0-9]"), default=None)
 
+    def steps_done(self) -> int:
+        checkpoint = self.checkpoint()
+        if checkpoint is None:
+            return 0
+        return int(checkpoint.name.removeprefix("checkpoint-"))
+
     def keep_best(self, policy) -> None:
         """The policy in best/, if the evaluation just written has the highest accuracy so far."""
         accuracies = [record["eval"]["accuracy"] for record in self.log() if "eval" in record]
@@ -771,8 +812,8 @@ class Run:
 
         def fill(folder):
             policy.save(folder)
-            state = {"step": step, "optimizer": optimizer.state_dict()}
-            torch.save({**state, "scaler": scaler.state_dict()}, folder / "trainer.pt")
+            state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            torch.save(state, folder / "trainer.pt")
             shutil.copy(self.metrics, folder)
 
         checkpoint = self.path / f"checkpoint-{step:06d}"
@@ -786,21 +827,22 @@ class Run:
         self.lock()
         checkpoint = self.checkpoint()
         if checkpoint is None:
+            print("no checkpoint was made yet: the run begins anew", file=sys.stderr)
             self.metrics.unlink(missing_ok=True)
         else:  # without a copy in the checkpoint this fails, and leaves the records as they are
             shutil.copy(checkpoint / "metrics.jsonl", self.metrics)
 
-    def restore(self, optimizer, scaler, device: str) -> int:
-        """The last checkpoint's state into optimizer and scaler; the number of steps done."""
+    def restore(self, optimizer, scaler, device: str) -> None:
+        """The last checkpoint's state into optimizer and scaler."""
         checkpoint = self.checkpoint()
         if checkpoint is None:
-            return 0
+            return
         try:
             state = torch.load(checkpoint / "trainer.pt", map_location=device, weights_only=True)
             optimizer.load_state_dict(state["optimizer"])
             if state.get("scaler"):  # empty in other dtypes, and missing in earlier versions
                 scaler.load_state_dict(state["scaler"])
-            return int(state["step"])
+            print(f"going on from step {self.steps_done()}", file=sys.stderr)
         except Exception as error:  # a cut file, a foreign one
             if is_out_of_memory(error):
                 raise
@@ -862,8 +904,8 @@ def build_parser() -> Parser:
             if REAL_LORA[name] != REAL[name]:
                 help += f", with --lora: {REAL_LORA[name]}"
             help += ")"
-        elif default not in (None, False):
-            help += f" (else: {default})"
+        elif default is not None and default is not False and default != "":
+            help += f" (default: {default})"
         group.add_argument(option, default=default, help=help, **kwargs)
 
     group = parser.add_argument_group("what most people need first")
@@ -990,20 +1032,15 @@ def open_run(argv: list[str]) -> tuple[argparse.Namespace, Run]:
         words = [*run.argv(), *argv]
         args = resolve_options(words)
         run.rewind()
+        if args.steps < run.steps_done():
+            said = f"{run.path} has made {run.steps_done()} steps already"
+            raise InputError(f"--steps {args.steps}: {said}")
         if len(given) > 1:  # more steps: the next --resume goes on to them, too
             run.keep_options({"argv": words, "cwd": os.getcwd(), **vars(args)})
     else:
         args = resolve_options(argv)
         run = Run(args.out or new_folder(args))
         run.claim({"argv": argv, "cwd": os.getcwd(), **vars(args)})
-    if args.log:
-        try:
-            run.send = load_function("--log", args.log)(run.path, vars(args))
-        except InputError:
-            raise
-        except (Exception, SystemExit) as error:  # whatever the function does
-            said = f"cannot start ({kind_and_line(error)})"
-            raise InputError(f"--log {args.log}: {said}") from None
     return args, run
 
 
@@ -1053,6 +1090,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except (InputError, OSError) as error:
         said = str(error)  # not the error, which would keep the run, and its lock
+        if run is not None and not args.resume:
+            run.discard()
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if not is_out_of_memory(error):
             raise

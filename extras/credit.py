@@ -29,7 +29,7 @@ from srpo import (  # noqa: E402
 
 @dataclass
 class Batch:
-    """B responses of up to T tokens to N prompts: paragraphs 1 and 2 of the loop."""
+    """B responses of up to T tokens to N prompts: what the loop samples and verifies."""
 
     examples: list[Example]  # N of them
     prompts: model.Prompts
@@ -53,7 +53,7 @@ class Batch:
 
 @dataclass
 class Credit:
-    """The credit of its tokens: paragraphs 3 and 4 of the loop, each [B, T]."""
+    """The credit of its tokens: as the loop scores and weighs them, each [B, T]."""
 
     delta: Tensor  # the contrasts of steps 2 to 4; 0 where A = 0 and under GRPO, not measured there
     w: Tensor  # 1 where A = 0 and under GRPO

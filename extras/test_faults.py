@@ -308,6 +308,36 @@ def test_more_steps_are_remembered_by_a_later_resume(tmp_path, monkeypatch):
     assert steps == [1, 2, 3]
 
 
+def test_fewer_steps_than_were_made_are_refused(tmp_path, capsys):
+    out = tmp_path / "out"
+    run(out, *COLD, "--steps", 2)
+    said = complaint(capsys, "--resume", out, "--steps", 1)
+    assert f"--steps 1: {out} has made 2 steps already" in said
+    assert json.loads((out / "args.json").read_text())["steps"] == 2
+
+
+def test_a_run_without_a_checkpoint_says_that_it_begins_anew(tmp_path, capsys, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "say_trouble", stop)
+        argv = [*map(str, COLD), "--steps", "1", "--out", str(out)]
+        assert train.main(argv) == 130
+    assert train.main(["--resume", str(out)]) == 0
+    assert "no checkpoint was made yet: the run begins anew\n" in capsys.readouterr().err
+    assert train.main(["--resume", str(out), "--steps", "2"]) == 0
+    assert "going on from step 1\n" in capsys.readouterr().err
+
+
+def test_each_step_is_said_where_there_is_no_terminal(tmp_path, capsys):
+    run(tmp_path / "out", *COLD, "--steps", 2)
+    said = capsys.readouterr().err
+    assert "step 1: accuracy 0." in said
+    assert "step 2: accuracy 0." in said
+
+
 def test_a_step_without_any_advantage_needs_no_weights(tmp_path):
     text = "def f(logp, c, *_, **__):\n    return 1 + 0 * logp + 0 * (logp - c).abs().max()\n"
     reward = tmp_path / "reward.py"

@@ -392,12 +392,12 @@ def test_other_data_on_resume_is_refused(jsonl, tmp_path, capsys):  # noqa: F811
     assert [record["step"] for record in numbers(out)][-1] == 2
 
 
-def test_a_run_that_never_began_leaves_its_folder_to_other_data(jsonl, tmp_path):  # noqa: F811
+def test_a_run_that_never_began_leaves_its_name_to_another(jsonl, tmp_path):  # noqa: F811
     out = tmp_path / "out"
     path = jsonl()
     argv = [*QUICK, *SMALL, *COLD, "--data", path, "--steps", 1, "--out", out]
     assert train.main([*map(str, argv), "--model", str(tmp_path / "none")]) == 2
-    assert (out / "args.json").exists()
+    assert not out.exists()
     lines = path.read_text().splitlines()
     path.write_text("\n".join(lines[1:]) + "\n")
     assert train.main([str(word) for word in argv]) == 0
