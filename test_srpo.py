@@ -993,6 +993,9 @@ def test_the_loss_to_copy_runs_on_a_stock_model(policy, scored, monkeypatch):
     names["corrupted_pixels"] = torch.cat([corrupted_prompts.pixels[i] for i in which])
     policy.model.zero_grad()
     exec(code(section("Copy the loss")), names)
+    for row, ids, is_response in zip(roles, written.ids, written.mask, strict=True):
+        sampled = ids[is_response][:-1].tolist()  # without EOS
+        assert torch.equal(names["roles_of"](policy.tokenizer, sampled, mask.shape[1]), row)
 
     weight = policy.model.model.language_model.layers[0].mlp.up_proj.weight
     assert weight.grad.abs().sum() > 0

@@ -122,7 +122,7 @@ def test_contrast_measures_every_corruption(cache, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--model", "nowhere"], "not the tiny model"),
+        (["--model", "./nowhere"], "no such folder"),
         (["--data", "my.jsonl"], "only drawn tasks"),
         (["--w-min", "2"], "--w-min 2.0: above --w-max"),
     ],

@@ -333,7 +333,7 @@ def test_the_best_policy_is_kept(tmp_path, capsys, monkeypatch):
     assert f"best accuracy 1.000, step 2: {out}/best" in capsys.readouterr().out
     assert [p.name for p in out.glob("*.tmp")] == []
     monkeypatch.undo()
-    assert train.main(["--model", str(out / "best"), *map(str, COLD), "--steps", "0"]) == 0
+    run(tmp_path / "again", "--model", out / "best", *COLD, "--steps", 0)
 
 
 def test_a_start_that_was_best_is_not_kept_again(tmp_path, monkeypatch):

@@ -322,7 +322,7 @@ CONTRAST = [
     ("--corruption blur", "--corruption: has no part"),
     ("--bogus", "--bogus"),
     ("--weights none.py:f", "--weights none.py:f: no such function"),
-    ("--model ROOT", "not the tiny model, or a checkpoint of it"),
+    ("--model ROOT", "cannot be used"),
 ]
 
 

@@ -416,7 +416,7 @@ def test_made_up_words_are_found():
     assert found["A > 0", "true"].tolist() == [[2.0, 4.0, 0.5, 6.0]]
     assert found["A > 0", "made up"].tolist() == [[3.0, 6.0, 0.5, 9.0]]
     batch.roles[0, 1:3] = R
-    kinds = {"name of a cell": 1.0, "what matches": 2.0}
+    kinds = {"name of a cell": 1.0, "color or shape": 2.0}
     assert walk.by_kind(batch, other, torch.tensor([True])) == kinds
     assert walk.by_kind(batch, other, torch.tensor([False])) == {}
     assert [walk.kind_of(word) for word in ("no", "so", "12")] == ['"no"', '"so"', "result"]
@@ -444,5 +444,6 @@ def test_figures_of_the_tiny_model(cache, capsys):
     weights = (found["mean weight of perception"] - 1, found["mean weight of reasoning"] - 1)
     assert weights[0] * weights[1] < 0  # what one role gains, the other loses
     assert list(found) == list(distribution.REAL_135M)  # shown beside each other
+    assert list(found) == list(distribution.REAL_135M_SEEING)
     assert distribution.main(["--model", "nowhere/at-all"]) == 2
     assert capsys.readouterr().err.startswith("error: --model nowhere/at-all")

@@ -299,9 +299,9 @@ def print_shares(relative: Tensor) -> None:
 
 def print_figures(models: dict[str, dict[str, float]]) -> None:
     """Figures of `distribution.figures`, a column for each model."""
-    print(f"{'':38}" + "".join(f"{name:>8}" for name in models))
+    print(f"{'':38}" + "".join(f"{name:>13}" for name in models))
     for name in next(iter(models.values())):
-        print(f"{name:38}" + "".join(f"{found[name]:8.2f}" for found in models.values()))
+        print(f"{name:38}" + "".join(f"{found[name]:13.2f}" for found in models.values()))
 
 
 def spreads(models: dict[str, dict]) -> list[tuple]:
@@ -353,7 +353,7 @@ def kind_of(word: str) -> str:
         return f'"{word}"'
     if word.isdigit():
         return "result"
-    return "what matches"
+    return "color or shape"
 
 
 def by_kind(batch: Batch, delta: Tensor, rows: Tensor) -> dict[str, float]:
@@ -369,7 +369,7 @@ def by_kind(batch: Batch, delta: Tensor, rows: Tensor) -> dict[str, float]:
 
 def print_kinds(found: dict[str, dict[str, float]]) -> None:
     """A row for each kind of word, a column for each perception."""
-    print(f"{'mean Δ, perception':20}" + "".join(f"{name:>22}" for name in found))
+    print(f"{'mean Δ':20}" + "".join(f"{name:>22}" for name in found))
     for kind in next(iter(found.values())):
         line = f"{kind:20}"
         for numbers in found.values():

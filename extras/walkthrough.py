@@ -195,8 +195,8 @@ title = "A right response in three contexts"
 display(pictures.two_contexts(texts, roles, sampled, compared, title))
 
 # %% [markdown]
-# The longer a bar, the more the token needs what was taken away. One that goes down from the black dot to the cross is
-# a positive contrast, one that goes up a negative: under the corrupted image the word had been *more* likely. In the
+# The longer a bar, the more the token needs what was taken away. Where the cross lies below the black dot, the contrast
+# is positive; where it lies above, the word had been *more* likely under the corrupted image. In the
 # reasoning, the words that say how the list goes on need the perception most: the names of the cells here, `so`, which
 # ends the list, and the result. A color behind the name of its cell needs it little.
 #
@@ -223,7 +223,9 @@ walk.print_kinds(found)
 # says, they all but vanish. In its demonstrations the tiny model has never seen an empty one, and does not know how to
 # go on from there. What depends on the content is smaller: with another question's perception, the names of its cells
 # (2.4 nats) and the words that match (1.0); with that of another response to the same question, 0.3 nats for `no` and
-# for words that match. Whether this is so in a model that has seen much more text is not known.
+# for words that match. In a language model of 135 million parameters that has learned to see (section 5), the content
+# counts for more: its `no` has 4.8 nats with the perception hidden, 2.4 with another question's, and 0.6 with that of
+# another response to the same question.
 #
 # **In the paper, look for** what is made of the two probabilities (a log-ratio, its absolute value, a divergence over
 # all words); whether the perception is hidden, removed or replaced, and with which image; whether contrasts are limited.
@@ -260,7 +262,8 @@ computed = {"Δ": d, "b": b, "w̃": w_tilde, "w": w, "A": A, "Â": srpo.role_awa
 walk.print_rows({**walk.BY_HAND, **computed})
 
 # %% [markdown]
-# The image explains "red", the perception "one": these two take a larger share of the same total. Now the tiny model:
+# The image explains "red", the perception "one": these two take a larger share of the same total. ("dot" lies just above
+# the baseline, but falls below 1 by the division by the mean of w̃, 1.04.) Now the tiny model:
 
 # %%
 w = srpo.token_weights(delta, batch.roles, tau=args.tau, w_min=args.w_min, w_max=args.w_max)
@@ -305,29 +308,28 @@ walk.print_shares(near[scored] * args.tau)
 # weights of the pictures, from 0.77 to 1.31. With wider limits or a larger τ the size of the contrast arrives as well;
 # in the study of section 8 that did not help.
 #
-# What if a model reads well and sees little? No pretrained vision-language model has been measured. Below, the same
-# figures of a language model of 135 million parameters (SmolLM2) behind a new vision tower, after a cold start on the
-# same task. It writes the form, and does not use its vision tower yet. Its weights are not part of the project: the
-# figures were measured once, by
-#
-# ```sh
-# python train.py --model FOLDER --warmup-steps 60 --steps 0 --image-size 112 \
-#     --max-new-tokens 96 --out out/smol  # ends after 20 steps: all of 16 responses have the form
-# python extras/distribution.py --model out/smol/warmed-up --prompts 8 --max-new-tokens 128
-# ```
+# What of a model that reads well? No pretrained vision-language model has been measured. Below, the same figures of a
+# language model of 135 million parameters (SmolLM2) behind a new vision tower, after two cold starts on the same task.
+# The short one taught it the form alone, so that it is blind. The long one trained the vision tower, too, and it sees:
+# 88 % of its answers are right (`extras/README.md`, "A real language model", has the commands). Its weights are not
+# part of the project, so the figures were measured once.
 
 # %%
 tiny = distribution.figures(batch, logp_corrupted, logp_blank, args)
-walk.print_figures({"tiny": tiny, "135M": distribution.REAL_135M})
-rows = walk.spreads({"tiny": tiny, "135M": distribution.REAL_135M})
+models = {"tiny": tiny, "135M, blind": distribution.REAL_135M}
+models["135M, sees"] = distribution.REAL_135M_SEEING
+walk.print_figures(models)
+rows = walk.spreads(models)
 display(pictures.intervals(rows, "contrast in nats: 5 %, median, 95 % of the tokens", height=0.4))
 
 # %% [markdown]
-# The language model reads its own perception, so its reasoning has large contrasts. It hardly looks at the image, so
-# its perception has contrasts near 0. One baseline for both lies between them: nearly all perception tokens fall below
-# it and get the lower limit. While perception is not grounded, the shared baseline takes credit *from* it, the
-# opposite of what the method is for. And weights above 1 go to tokens of which the policy is surer already (their
-# entropy is about half that of the others, in both models), where there is less left to learn.
+# The blind model reads its own perception, so its reasoning has large contrasts; its perception has contrasts near 0.
+# One baseline for both lies between them: nearly all perception tokens fall below it and get the lower limit. While
+# perception is not grounded, the shared baseline takes credit *from* it, the opposite of what the method is for. Once
+# the model sees, a few words of the perception, those that the image decides, reach 5 nats, and the mean weight of the
+# perception rises from 0.89 to 0.97; most other words still lie near 0. And in all three models weights above 1 go to
+# tokens of which the policy is more certain already (their entropy is half to two thirds of the others'), where there
+# is less left to learn.
 #
 # **In the paper, look for** exactly this: over what the baseline is a mean; whether contrasts are standardized first;
 # which limits and which τ; how the mean weights of the two roles develop in training (here they are logged as
@@ -419,11 +421,16 @@ display(walk.credit_bars(batch, wrong, delta, w_turned, A_turned, "Wrong respons
 
 # %% [markdown]
 # Saved in a file that imports `torch` and `srpo`, it is trained with `python train.py --weights my.py:turned_round`. It
-# looks like a repair. With the limits 0.5 and 2 it is the reading that does most harm in the study. In RLSD's form, with
-# the default limits and fading out, no harm can be shown. Whether it harms at those limits without fading is not known:
-# in five runs of the study's options on `count` its accuracy ends 0.052 below GRPO's, [−0.152, 0.049]; four end near
-# GRPO's, one at 0.48 instead of 0.67. One possible cause: a word with a low contrast that all responses of a group share
-# is then blamed more than it is praised, so it is pushed down whatever the rewards.
+# looks like a repair, and the study does not bear it out:
+#
+# | limits | what came of it |
+# |---|---|
+# | 0.5 and 2 | more harm than any other reading |
+# | 0.8 and 1.2, fading out as in RLSD | no harm can be shown |
+# | 0.8 and 1.2, to the end | not known: five runs on `count` end 0.052 below GRPO's accuracy, [−0.152, 0.049] |
+#
+# One possible cause: a word with a low contrast that all responses of a group share is then blamed more than it is
+# praised, so it is pushed down whatever the rewards.
 #
 # **In the paper, look for** whether negative advantages are treated like positive ones.
 #
@@ -446,8 +453,8 @@ display(Image(filename=str(here / "curves-count.png"), width=900))
 # The study has three tasks and up to ten seeds for each condition. Below is the difference of each condition to GRPO
 # after 40 steps, with its 95 % interval; dots are interquartile means, and nothing is corrected for the number of
 # comparisons. Black rows have 30 pairs, grey ones the 15 of seeds 0 to 4. Rows under "Limits 0.5 and 2" are to be
-# compared with SRPO at those limits (`range-0.5-2`) instead of 0: the vertical lines are its own value, black on 30
-# pairs and grey on 15. `extras/study_conditions.py` says more of each row.
+# compared with SRPO at those limits (`range-0.5-2`) instead of with 0. The two vertical lines mark its value: compare a
+# black row with the black line, and a grey row with the grey one. `extras/study_conditions.py` says more of each row.
 
 # %%
 recorded = study.read(here / "study.csv")
@@ -456,13 +463,12 @@ for condition in ("srpo", "range-0.5-2", "shuffled"):
     print(f"{condition:12}  {walk.study_line(recorded, condition)}")
 
 # %% [markdown]
-# With the default limits, no difference between SRPO and GRPO can be shown. The intervals leave out that SRPO is more
-# accurate by more than 0.006 or less by more than 0.013, and grounded more often by more than 0.006 or less often by
-# more than 0.019; smaller effects they cannot tell from none. With the limits 0.5 and 2, a loss of 0.011 to 0.029 in
-# accuracy is what remains possible, and the same weights shuffled over the tokens of each response cost about as much.
-# Readings in which the emphasis depends on the sign of A ruin training there. Softmax and three controls also lie below
-# the lines with their whole interval in accuracy, and none lies above. On seeds 10 to 19, kept for the question of what
-# helps, nothing is better than GRPO.
+# With the default limits, no difference between SRPO and GRPO can be shown. The intervals rule out that SRPO gains more
+# than 0.006 in accuracy or in grounding, or that it loses more than 0.013 in accuracy or 0.019 in grounding; smaller
+# effects they cannot tell from none. With the limits 0.5 and 2, accuracy falls by 0.011 to 0.029, and the same weights
+# shuffled over the tokens of each response cost about as much. Readings in which the emphasis depends on the sign of A
+# ruin training there, and no row lies above the lines with its whole interval. On seeds 10 to 19, kept for the question
+# of what helps, nothing is better than GRPO.
 #
 # All this is about a tiny model on drawn tasks; no vision-language model with real weights has been trained with it.
 # Of the nearest relative there are figures of real models. Averaged over the five benchmarks in the table of CEPO
