@@ -507,10 +507,10 @@ def build_log(args, run: "Run"):
     function = load_function("--log", args.log)
     try:
         return function(run.path, vars(args))
+    except InputError:
+        raise
     except (Exception, SystemExit) as error:  # whatever the function does
         said = f"cannot start ({kind_and_line(error)})"
-        if isinstance(error, InputError):
-            said = first_line(error)
         raise InputError(f"--log {args.log}: {said}") from None
 
 
@@ -746,7 +746,7 @@ class Run:
     def discard(self) -> None:
         """Remove the folder of a run that never began: its name is free for another try."""
         if not self.began():
-            shutil.rmtree(self.path)
+            shutil.rmtree(self.path, ignore_errors=True)
 
     def keep_options(self, options: dict) -> None:
         beside = self.path / "args.json.tmp"
