@@ -251,7 +251,7 @@ def options(argv: list[str]) -> tuple[argparse.Namespace, int | None]:
     )
     count = train.number(int, 1, 10**6)
     draws = train.number(int, 1, 1024)
-    parser.add_argument("--prompts", type=count, default=32, help="questions (else: 32)")
+    parser.add_argument("--prompts", type=count, default=32, help="questions (default: 32)")
     parser.add_argument(
         "--draws", type=draws, help="of the patch mask, to be averaged", metavar="K"
     )

@@ -344,7 +344,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = train.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN_DIR", help="folders of runs of train.py")
-    add("--out", type=Path, metavar="FILE", help="the page (else: report.html in the first folder)")
+    add(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the page (default: report.html in the first folder)",
+    )
     add("--png", type=Path, metavar="FILE", help="also a response of the first run, as a picture")
     add("--curves", type=Path, metavar="FILE", help="also those of accuracy and grounding")
     args = parser.parse_args(argv)
