@@ -258,6 +258,7 @@ def demonstrate(example: Example, noise: float, rng: np.random.Generator) -> str
 
     In the latter every color and every shape is misstated with probability `noise`. Reasoning and
     answer follow from what is stated, not from the image: consistent, and seeing things.
+    InputError where the example has neither a response nor a scene.
     """
     if example.response:
         return example.response
@@ -368,7 +369,11 @@ def tags_in_place(text: str) -> float:
 
 
 def verify(text: str, example: Example, match=answers_match) -> Verdict:
-    """Check a response against its example; `match` compares (given answer, true answer)."""
+    """Check a response against its example. Nothing but answer and format enters the reward.
+
+    Args:
+        match: (given, truth) -> bool, whether an answer is the true one.
+    """
     answer = extract_answer(text)
     accuracy = float(answer is not None and match(answer, example.answer))
     blocks = parse_response(text, TAGS)
@@ -407,9 +412,13 @@ class OwnTask:
     """
 
     def __init__(self, path, seed=0, *, system="", eval_all=False, judge=None, held_out=None):
-        """`system` begins the chat of rows that do not say it themselves, `eval_all` holds all
-        images out, `held_out` those of another file, by their hashes. By `judge` the answer of a
-        row must be right, or it could never be learned."""
+        """
+        Args:
+            system: what the chat begins with, in rows that do not say it themselves.
+            eval_all: hold all images out.
+            judge: the answer of a row must be right by it, or could never be learned.
+            held_out: hashes of the images to hold out, those of another file.
+        """
         self.path = Path(path)
         self.seed = seed
         self.system = system

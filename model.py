@@ -610,7 +610,10 @@ def load(
 
 
 def adapter_config(name: str) -> dict | None:
-    """Rank r and base model of the adapters in a folder, as peft says; None where it has none."""
+    """What peft says of the adapters in a folder: their rank r, and the model that they belong to.
+
+    None where the folder holds no adapters; InputError where that cannot be read.
+    """
     file = Path(name) / "adapter_config.json"
     if not file.exists():
         return None

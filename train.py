@@ -359,12 +359,14 @@ def evaluate(policy, examples: Iterable, judge, args, step: int, batch: int = 64
     while asked:
         rollout = policy.sample(policy.encode(asked), 1, generator=rng, **limits)
         for (text, _), example in zip(policy.decode(rollout), asked, strict=True):
-            verdicts.append(judge(text, example))
-            sample = {"question": example.question, "answer": example.answer, "response": text}
-            samples.append({**sample, "verdict": in_words(verdicts[-1])})
+            verdict = judge(text, example)
+            verdicts.append(verdict)
+            if len(samples) < 3:
+                sample = {"question": example.question, "answer": example.answer, "response": text}
+                samples.append({**sample, "verdict": in_words(verdict)})
         asked = list(islice(examples, batch))
     figures = {**averages(verdicts), "n": len(verdicts), "temperature": args.eval_temperature}
-    return {"step": step, "eval": figures, "samples": samples[:3]}
+    return {"step": step, "eval": figures, "samples": samples}
 
 
 def in_words(verdict: Verdict) -> str:
@@ -379,7 +381,8 @@ def in_words(verdict: Verdict) -> str:
 
 def summarize(run: "Run") -> None:
     """The first evaluation against the last, and one answer in both."""
-    evaluations = [record for record in run.log() if "eval" in record]
+    records = run.log()
+    evaluations = [record for record in records if "eval" in record]
     shown = [evaluations[0]]
     if len(evaluations) > 1:
         shown.append(evaluations[-1])
@@ -393,7 +396,7 @@ def summarize(run: "Run") -> None:
         values = [record["eval"][name] for record in shown]
         if None not in values:
             print(f"{name:12}" + "".join(f"{value:10.3f}" for value in values))
-    weighed = [record for record in run.log() if record.get("w_perception")]
+    weighed = [record for record in records if record.get("w_perception")]
     if weighed:
         means = "perception {w_perception:.2f}, reasoning {w_reasoning:.2f}".format(**weighed[-1])
         print(f"mean weight in step {weighed[-1]['step']}: {means}")
@@ -842,12 +845,12 @@ class Run:
             optimizer.load_state_dict(state["optimizer"])
             if state.get("scaler"):  # empty in other dtypes, and missing in earlier versions
                 scaler.load_state_dict(state["scaler"])
-            print(f"going on from step {self.steps_done()}", file=sys.stderr)
         except Exception as error:  # a cut file, a foreign one
             if is_out_of_memory(error):
                 raise
             said = f"remove it, trainer.pt is broken ({first_line(error)})"
             raise InputError(f"{checkpoint}: {said}") from None
+        print(f"going on from step {self.steps_done()}", file=sys.stderr)
 
 
 def write_folder(folder: Path, fill) -> None:
