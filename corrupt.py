@@ -94,7 +94,8 @@ def corrupt(
     """The corrupted image of step 2.
 
     Args:
-        image: any 8-bit PIL image; transparency stays as it is.
+        image: any 8-bit PIL image. An alpha channel stays as it is; a palette is made again, so
+            that its colors, and its transparency, are about those of before.
         kind: one of CORRUPTIONS.
         patch: side of a patch in pixels. Give the model's own, and an image that is already
             resized for it (`Policy.fit`): then a masked patch is one patch of the vision encoder.
@@ -140,9 +141,12 @@ def open_image(file) -> Image.Image:
         raise ValueError(f"too long: {size}, over 200 to 1; crop it")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
-        # Over 8 bits: Pillow would clip, so scale.
+        # Over 8 bits, or fractions: Pillow would clip, so scale.
         values = np.asarray(image, dtype=np.float32)
-        values = values * (255 / max(255, values.max()))
+        largest = max(255, values.max())
+        if image.mode == "F" and values.max() <= 1:
+            largest = 1
+        values = values * (255 / largest)
         image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")

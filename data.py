@@ -504,7 +504,7 @@ class OwnTask:
                 raise InputError(f"{source}: {name} must be text, not {shown(text)}")
         if re.search("[\ud800-\udfff]", "".join([system, question, answer, response, *images])):
             raise InputError(f"{source}: holds half a character (a lone surrogate)")
-        if re.search(r"<\|(image|video)_pad\|>", system + question):
+        if re.search(r"<\|(image|video)_pad\|>", system + question + response):
             raise InputError(f"{source}: take the image placeholder out")
         if question.count(IMAGE_MARK) not in (0, len(images)):
             raise InputError(f"{source}: give {len(images)} {IMAGE_MARK} marks, or none")

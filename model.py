@@ -135,17 +135,17 @@ class Policy:
         self.pad = tokenizer.pad_token_id
         if self.pad is None:
             self.pad = self.eos[0]
-        # Neither sampled nor counted: placeholders, which would need image features in the next
-        # pass, and ids beyond the tokenizer, which have no text.
-        vocabulary = model.config.get_text_config().vocab_size
-        placeholders = {self.image_token, model.config.video_token_id}
-        forbidden = sorted(placeholders | set(range(len(tokenizer), vocabulary)))
-        self.forbidden = torch.tensor(forbidden, device=self.device)
-        self.logit_chunk = max(1, LOGITS_AT_A_TIME // vocabulary)  # rows of [n, V] at a time
         added = tokenizer.get_added_vocab()
         self.bytes_of = {}
         for word, index in tokenizer.get_vocab().items():
             self.bytes_of[index] = word.encode() if word in added else token_bytes(word)
+        # Neither sampled nor counted: placeholders, which would need image features in the next
+        # pass, and ids that the tokenizer has no text for.
+        vocabulary = model.config.get_text_config().vocab_size
+        placeholders = {self.image_token, model.config.video_token_id}
+        textless = set(range(vocabulary)) - set(self.bytes_of)
+        self.forbidden = torch.tensor(sorted(placeholders | textless), device=self.device)
+        self.logit_chunk = max(1, LOGITS_AT_A_TIME // vocabulary)  # rows of [n, V] at a time
 
     def fit(self, image: Image.Image) -> Image.Image:
         """RGB image as the model wants it: whole patches, within the processor's limits."""
@@ -406,6 +406,9 @@ class Policy:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 adapter = peft.get_peft_model(self.model, peft.LoraConfig(r=rank, **options))
+        for parameter in adapter.parameters():
+            if parameter.requires_grad:  # those of other trainers may hold whole layers, too
+                parameter.data = parameter.data.float()
         self.adapter = adapter.eval()
 
     def save(self, folder: str | Path) -> None:
@@ -588,7 +591,11 @@ def load(
         if config.model_type not in FAMILIES:
             raise ValueError(f"a {config.model_type} model, not one of {', '.join(FAMILIES)}")
         model, info = transformers.AutoModelForImageTextToText.from_pretrained(
-            name, config=config, dtype=dtype if frozen else torch.float32, output_loading_info=True
+            name,
+            config=config,
+            attn_implementation="sdpa",  # `sample` masks by booleans, which "eager" would add
+            dtype=dtype if frozen else torch.float32,
+            output_loading_info=True,
         )
         missing = sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
         if missing:  # they would be random
@@ -619,6 +626,8 @@ def adapter_config(name: str) -> dict | None:
         return None
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
+        if config["base_model_name_or_path"] is None:
+            raise ValueError("it names no base model")
         return {key: config[key] for key in ("r", "base_model_name_or_path")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file}: not the configuration of adapters ({error})") from None

@@ -158,10 +158,10 @@ def token_weights(
         w, [B, T] float32 (float64 for float64), with mean 1 over a response's scored tokens, so
         that it keeps its total advantage; 1 at OTHER tokens, and everywhere in a response that
         lacks perception or reasoning tokens or has a contrast that is not finite (step 9).
-    Raises ValueError: the shapes differ; tau or w_min below 1e-30, w_max above 1e30 or below w_min.
+    Raises ValueError: the shapes differ; tau or w_min below 1e-15, w_max above 1e15 or below w_min.
     """
     _check_same_shape(delta=delta, roles=roles)
-    if not (tau >= 1e-30 and 1e-30 <= w_min <= w_max <= 1e30):  # well inside float32
+    if not (tau >= 1e-15 and 1e-15 <= w_min <= w_max <= 1e15):  # their ratio fits float32
         limits = f"tau={tau}, w_min={w_min}, w_max={w_max}"
         raise ValueError(f"need tau > 0 and 0 < w_min <= w_max, all finite, got {limits}")
     delta = _at_least_float32(delta.detach())

@@ -458,6 +458,7 @@ def test_shapes_that_do_not_fit_are_named(batch):
         {"w_min": 0.0},
         {"w_min": 1e-320},
         {"w_max": math.inf},
+        {"w_min": 1e-30, "w_max": 1e30},  # a weight of 1e-60 would be 0
         {"w_min": 2.0, "w_max": 1.0},
     ],
 )
@@ -1232,6 +1233,8 @@ def test_images_of_16_bits_are_scaled_and_transparent_ones_lie_on_white(tmp_path
     deep = (np.arange(64, dtype=np.uint16) * 1000).reshape(8, 8)
     Image.fromarray(deep).save(tmp_path / "deep.png")
     assert len(set(open_image(tmp_path / "deep.png").getchannel(0).tobytes())) > 50
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "fractions.tiff")
+    assert open_image(tmp_path / "fractions.tiff").getpixel((0, 0)) == (127, 127, 127)
     Image.new("RGBA", (9, 9), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     assert open_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
 

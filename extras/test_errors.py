@@ -225,6 +225,12 @@ BAD_ROWS = [
     ({"response": ["r"]}, "response must be text, not list"),
     ({"answer": " ."}, "blank"),
     ({"question": "<|image_pad|>"}, "placeholder"),
+    (
+        {
+            "response": "<perception><|image_pad|></perception><reasoning>b</reasoning><answer>1</answer>"
+        },
+        "placeholder",
+    ),
     ({"question": "<image><image>"}, "1 <image>"),
     ({"response": "<answer>1</answer>"}, "lacks the form"),
 ]

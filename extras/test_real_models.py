@@ -327,6 +327,18 @@ def test_training_with_less_memory_is_the_same_training(tmp_path):
     assert numbers(tmp_path / "plain") == numbers(tmp_path / "again")
 
 
+def test_the_attention_that_a_folder_asks_for_does_not_change_what_is_sampled(tmp_path):
+    folder = hub_folder(tmp_path, "Qwen2VLConfig")
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "attn_implementation": "eager"}))
+    policy = model.load(folder)
+    prompts = policy.encode(data.DrawnTask("count").train_batch(0, 2))
+    rng = torch.Generator().manual_seed(0)
+    rollout = policy.sample(prompts, 2, max_new_tokens=6, temperature=1.0, generator=rng)
+    logp = policy.log_probs(prompts, rollout, temperature=1.0)
+    assert torch.allclose(logp, rollout.logp, atol=1e-5)
+
+
 # ---- LoRA
 
 
