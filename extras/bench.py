@@ -258,7 +258,7 @@ def table(shape: str, results: dict[str, dict], device: str) -> None:
     for name, result in results.items():
         columns = zip(*result["phases"], strict=True)
         phases = [statistics.median(column) for column in columns]
-        figures = [*phases, step[name], step[name] / step.get("grpo", step[name])]
+        figures = [*phases, step[name], step[name] / step.get("grpo", float("nan"))]
         seconds = [generate for generate, _, _ in result["phases"]]
         speeds = [n / x for n, x in zip(result["tokens"], seconds, strict=True)]
         shown = "".join(f"{x:10.3f}" for x in figures)

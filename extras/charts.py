@@ -18,6 +18,7 @@ STUDENT += (2.13, 2.12, 2.11, 2.10, 2.09, 2.09, 2.08, 2.07, 2.07, 2.06, 2.06, 2.
 # The colors of Okabe and Ito, which the color-blind can tell apart; dashes do without color.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F")
 DASHES = ("-", "--", ":", "-.", (0, (1, 4)), (0, (9, 3)))
+NOT_A_CONDITION = ("seed", "argv", "out", "cwd", "resume")  # options that runs of one may differ in
 SHOWN = ("accuracy", "grounded", "wrong reason")  # in the picture of a README, and as differences
 
 
@@ -30,7 +31,7 @@ def label_runs(runs: list[dict]) -> dict[str, list[dict]]:
     stems = [re.sub(r"-seed\d+(-\d+)?$", "", run["name"]) for run in runs]
     options = []
     for run in runs:
-        kept = {k: v for k, v in run["args"].items() if k not in ("seed", "argv", "out")}
+        kept = {k: v for k, v in run["args"].items() if k not in NOT_A_CONDITION}
         options.append(kept)
     labelled = {}
     for run, stem, mine in zip(runs, stems, options, strict=True):
@@ -70,22 +71,22 @@ def values_of(run: dict, name: str) -> dict[int, float]:
     return values
 
 
-def mean_curve(series: list[dict], quantile: float) -> list[tuple[float, float, float, float]]:
-    """(step, mean, low, high) at the steps that all series have."""
+def mean_curve(series: list[dict], errors: float) -> list[tuple[float, float, float, float]]:
+    """(step, mean, low, high) at the steps that all series have; so many standard errors wide."""
     points = []
     for step in sorted(set.intersection(*map(set, series))):
         values = [one[step] for one in series]
         n = len(values)
         mean = sum(values) / n
         variance = sum((x - mean) ** 2 for x in values) / max(1, n - 1)
-        error = quantile * math.sqrt(variance / n)
+        error = errors * math.sqrt(variance / n)
         points.append((step, mean, mean - error, mean + error))
     return points
 
 
 def curve(runs: list[dict], name: str) -> list[tuple[float, float, float, float]]:
-    """(step, mean, low, high) at the steps that all runs have; the band is 95 % of the error."""
-    return mean_curve([values_of(run, name) for run in runs], 1.96)
+    """(step, mean, low, high) at the steps that all runs have; the band is a standard error."""
+    return mean_curve([values_of(run, name) for run in runs], 1.0)
 
 
 # ---- paired differences to GRPO

@@ -53,7 +53,8 @@ OPTIONS = "--model --task --reward --device --dtype --seed --corruption-p --tau 
 OPTIONS += " --weights --group-size --temperature --max-new-tokens --micro-batch --max-pixels"
 OPTIONS += " --warmup-steps --warmup-lr --warmup-noise --image-size"
 COPULA = r"\W+(?:(?:is|has|a|an|the)\W+)*"  # as `parse_facts` reads a sentence
-FACT = re.compile(rf"\b({'|'.join(CELLS)}){COPULA}({'|'.join(COLORS)})\W+({'|'.join(SHAPES)})\b")
+FACT = rf"\b({'|'.join(CELLS)}){COPULA}({'|'.join(COLORS)})\W+({'|'.join(SHAPES)})\b"
+FACT = re.compile(FACT, re.IGNORECASE)
 
 
 def labels(text: str, offsets, example: Example, hidden=None) -> dict[str, np.ndarray]:
@@ -77,7 +78,7 @@ def labels(text: str, offsets, example: Example, hidden=None) -> dict[str, np.nd
 
     mark("seen", blocks.perception, 0)
     for match in FACT.finditer(text, *blocks.perception):
-        cell, color, shape = match.groups()
+        cell, color, shape = [word.lower() for word in match.groups()]
         words = ((color, match.span(2), COLORS), (shape, match.span(3), SHAPES))
         for word, span, kind in words:
             asked = any(argument in kind for argument in example.query.args)
@@ -90,7 +91,7 @@ def labels(text: str, offsets, example: Example, hidden=None) -> dict[str, np.nd
     start, end = blocks.reasoning
     for match in re.finditer(r"[^\s,]+", text[start:end]):
         span = (start + match.start(), start + match.end())
-        says_what_was_seen = match[0] not in (*CELLS, "so", "is")
+        says_what_was_seen = match[0].lower() not in (*CELLS, "so", "is")
         mark("needed", span, int(says_what_was_seen))
     return found
 
@@ -250,22 +251,16 @@ def options(argv: list[str]) -> tuple[argparse.Namespace, int | None]:
         epilog=f"And of train.py: {OPTIONS}",
     )
     count = train.number(int, 1, 10**6)
-    draws = train.number(int, 1, 1024)
     parser.add_argument("--prompts", type=count, default=32, help="questions (default: 32)")
-    parser.add_argument(
-        "--draws", type=draws, help="of the patch mask, to be averaged", metavar="K"
-    )
+    powers = [2**k for k in range(11)]
+    help = "of the patch mask, to be averaged: a power of two"
+    parser.add_argument("--draws", type=int, choices=powers, help=help, metavar="K")
     mine, others = parser.parse_known_args(argv)
-    for word in others:
-        option = word.split("=")[0]
-        known = vars(train.build_parser().parse_args([]))
-        is_option = option.removeprefix("--").replace("-", "_") in known
-        if option.startswith("--") and is_option and option not in OPTIONS.split():
-            if option == "--data":
-                raise InputError("--data: only drawn tasks have a scene to measure against")
-            raise InputError(f"{option}: has no part in what contrast.py measures; leave it out")
-    fixed = ["--device", "cpu", "--prompts", str(mine.prompts)]
-    return train.resolve_options([*fixed, *others]), mine.draws
+    if any(word.split("=")[0] == "--data" for word in others):
+        raise InputError("--data: only drawn tasks have a scene to measure against")
+    args = credit.resolve_options(["--device", "cpu", *others], OPTIONS, "contrast.py")
+    args.prompts = mine.prompts
+    return args, mine.draws
 
 
 def load(args) -> model.Policy:

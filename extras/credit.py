@@ -6,6 +6,7 @@ what is trained. The loop leaves responses without advantage out; here they stay
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -114,21 +115,37 @@ def credit(policy: model.Policy, batch: Batch, args, step: int) -> Credit:
 def finished(folder: Path) -> tuple[argparse.Namespace, model.Policy, int]:
     """Options of a run, the policy of its last checkpoint, and the step of that.
 
+    It goes to the folder in which the run was begun.
+
     Raises InputError: there is no checkpoint, it cannot be loaded, or options of today are missing.
     """
+    folder = folder.absolute()
     options = read_options(folder)
     checkpoint = train.Run(folder).checkpoint()
     if checkpoint is None:
         raise InputError(f"{folder}: holds no checkpoint, so nothing can be sampled")
     known = vars(train.build_parser().parse_args([]))
-    if not set(known) <= set(options):
+    if not {*known, "cwd"} <= set(options):
         raise InputError(f"{folder}: made by an earlier version, so nothing can be sampled")
     args = argparse.Namespace(**options)
+    if Path(args.cwd).is_dir():
+        os.chdir(args.cwd)  # where the relative paths among the options begin
     if not torch.cuda.is_available():
         args.device = "cpu"
     transformers.utils.logging.disable_progress_bar()
     step = int(checkpoint.name.split("-")[1])
     return args, train.load_policy(args, checkpoint), step
+
+
+def resolve_options(words: list[str], allowed: str, script: str) -> argparse.Namespace:
+    """Options of train.py with their values; InputError for one that has no part in the script."""
+    known = vars(train.build_parser().parse_args([]))
+    for word in words:
+        option = word.split("=")[0]
+        is_option = option.startswith("--") and option[2:].replace("-", "_") in known
+        if is_option and option not in allowed.split():
+            raise InputError(f"{option}: has no part in what {script} measures; leave it out")
+    return train.resolve_options(words)
 
 
 def read_options(folder: Path) -> dict:

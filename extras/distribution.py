@@ -20,7 +20,7 @@ from script import exit_code  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import train  # noqa: E402
-from srpo import Role, contrast_scores, shared_baseline, token_weights  # noqa: E402
+from srpo import Role, contrast_scores, shared_baseline  # noqa: E402
 
 # SmolLM2-135M-Instruct as the language model of a Qwen2-VL with a new vision tower, after 20 steps:
 #   python train.py --model FOLDER --warmup-steps 60 --steps 0 --image-size 112 \
@@ -53,6 +53,11 @@ REAL_135M_SEEING = {
     "entropy where w > 1": 0.11,
     "entropy where w < 1": 0.17,
 }
+# Those of train.py that have a part in what is measured here.
+OPTIONS = "--model --data --system --task --reward --device --dtype --seed --corruption"
+OPTIONS += " --corruption-p --tau --w-min --w-max --weights --group-size --temperature"
+OPTIONS += " --max-new-tokens --micro-batch --max-pixels --warmup-steps --warmup-lr --warmup-noise"
+OPTIONS += " --image-size"
 ROLES = {"perception": Role.PERCEPTION, "reasoning": Role.REASONING}
 
 
@@ -76,7 +81,7 @@ def figures(batch: credit.Batch, logp_corrupted: Tensor, logp_blank: Tensor, arg
     """Figures of a batch, by their names in the table."""
     roles = batch.roles
     delta = contrast_scores(batch.rollout.logp, logp_corrupted, logp_blank, roles)  # [B, T]
-    w = token_weights(delta, roles, tau=args.tau, w_min=args.w_min, w_max=args.w_max)
+    w = credit.weights(batch, logp_corrupted, logp_blank, args, step=1)
     scored = scored_tokens(delta, roles)
     found = {}
     for name, role in ROLES.items():
@@ -100,11 +105,14 @@ def measure(argv: list[str] | None) -> None:
     parser = train.Parser(
         allow_abbrev=False,
         description="Where the contrasts and the weights of a model lie.",
-        epilog="And the options of train.py: --model, --task, --seed, --max-new-tokens, --tau ...",
+        epilog=f"And of train.py: {OPTIONS}",
     )
-    parser.add_argument("--prompts", default="24", help="questions (default: 24)")
+    count = train.number(int, 1, 10**6)
+    parser.add_argument("--prompts", type=count, default=24, help="questions (default: 24)")
     mine, others = parser.parse_known_args(argv)
-    args = train.resolve_options(["--prompts", mine.prompts, *others])
+    args = credit.resolve_options(others, OPTIONS, "distribution.py")
+    args.prompts = mine.prompts
+    train.build_weigh(args)  # one that fails does so now
     if args.model == "tiny":
         policy = credit.warmed_up(args)
     else:
@@ -116,7 +124,8 @@ def measure(argv: list[str] | None) -> None:
     found = figures(batch, logp_corrupted, logp_blank, args)
     responses = len(batch.responses)
     weighed = int((batch.roles > 0).any(dim=1).sum())
-    print(f"{args.model}, task {args.task}: {weighed} of {responses} responses have roles")
+    asked = args.data if args.data else f"task {args.task}"
+    print(f"{args.model}, {asked}: {weighed} of {responses} responses have roles")
     print("\n| figure | value |\n|---|---|")
     for name, value in found.items():
         print(f"| {name} | {value:.2f} |")

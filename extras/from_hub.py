@@ -41,6 +41,7 @@ class Columns:
     question: str
     answer: str
     options: str | None  # where the data set has them
+    classes: list[str] | None  # names of the answers, where these are numbers of classes
 
 
 def load(name: str, split: str):
@@ -58,6 +59,8 @@ def load(name: str, split: str):
             rows = datasets.load_from_disk(name)
             if isinstance(rows, datasets.DatasetDict):
                 rows = rows[split]
+            elif rows.split is not None and str(rows.split) != split:
+                raise ValueError(f"the folder holds the split {rows.split}")
         else:
             rows = datasets.load_dataset(name, split=split)
     except Exception as error:  # not found, no such split, no network ...
@@ -79,7 +82,11 @@ def load(name: str, split: str):
         if wanted in rows.column_names:
             options = wanted
     question = column("problem", "question")
-    columns = Columns(images, question, column("answer", "solution"), options)
+    answer = column("answer", "solution")
+    classes = None
+    if isinstance(rows.features[answer], datasets.ClassLabel):
+        classes = rows.features[answer].names
+    columns = Columns(images, question, answer, options, classes)
     kind = rows.features[images]
     raw = datasets.Image(decode=False)
     if isinstance(kind, datasets.Image):
@@ -120,10 +127,15 @@ def with_options(question: str, answer, options, source: str) -> tuple[str, str 
     return question, LETTERS[int(answer)]
 
 
-def answer_of(row: dict, column: str, source: str) -> str:
-    answer = str(row[column])
+def answer_of(row: dict, columns: Columns, source: str) -> str:
+    answer = row[columns.answer]
+    if columns.classes is not None:
+        if not 0 <= answer < len(columns.classes):
+            raise InputError(f"{source}: the answer is hidden (class {answer})")
+        return columns.classes[answer]
+    answer = str(answer)
     marked = "\\boxed{" in answer or "<answer>" in answer
-    if column == "solution" and len(answer.split()) > 5 and not marked:
+    if columns.answer == "solution" and len(answer.split()) > 5 and not marked:
         problem = "the solution has no \\boxed{...} and no <answer>: what is right cannot be told"
         raise InputError(f"{source}: {problem}")
     answer = answer.split("<answer>")[-1]
@@ -189,7 +201,7 @@ def write(name: str, split: str, folder: Path) -> int:
             question, letter = with_options(question, row[columns.answer], options, source)
             answer = letter
             if letter is None:
-                answer = answer_of(row, columns.answer, source)
+                answer = answer_of(row, columns, source)
             paths = write_images(images, folder, number, source)
             line = {"images": paths, "question": question, "answer": answer}
             file.write(json.dumps(line) + "\n")

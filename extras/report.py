@@ -15,6 +15,7 @@ token, or point at it, for its other numbers.
 
 import base64
 import io
+import os
 import sys
 from dataclasses import asdict
 from html import escape
@@ -255,7 +256,7 @@ def page(runs: list[dict]) -> str:
     labelled = charts.label_runs(runs)
     body = [f"<h1>SRPO: {charts.count(runs)}</h1>"]
     if len(runs) > len(labelled):
-        said = "Lines are means over seeds, and bands 95 % of the error of the mean."
+        said = "Lines are means over seeds, and bands a standard error of the mean."
         said += " Beside GRPO there are no bands, but a row of paired differences to it below."
         body.append(f"<p>{said}</p>")
     curves = charts.figure_of(labelled, charts.EVALS + charts.STEPS)
@@ -356,9 +357,11 @@ def main(argv: list[str] | None = None) -> int:
     out = args.out
     if out is None:
         out = args.runs[0] / "report.html"
+    here = Path.cwd()
     try:
-        runs = [read_run(folder) for folder in args.runs]
+        runs = [read_run(here / folder) for folder in args.runs]
         add_groups(runs)
+        os.chdir(here)
         out.write_text(page(runs), encoding="utf-8")
         if args.curves:
             curves = charts.figure_of(charts.label_runs(runs), charts.SHOWN)

@@ -279,9 +279,7 @@ def append(path: Path, row: dict) -> None:
         writer.writerow(rounded)
 
 
-def planned(
-    conditions, tasks, seeds: int, others: int, first: int = 0
-) -> list[tuple[str, str, int]]:
+def planned(conditions, tasks, seeds: int, others: int, first: int) -> list[tuple[str, str, int]]:
     """(task, condition, seed): the main conditions first, then the others, each seed by seed, so
     that what is there is balanced, wherever it stops."""
     main = []
@@ -345,7 +343,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     text = train.filled
     seeds = train.number(int, 0, 10**6)
-    add("--quick", action="store_true", help=f"2 seeds of the first task, {', '.join(MAIN)}")
+    add("--quick", action="store_true", help=f"on 2 seeds of the first task {', '.join(MAIN)}")
     regimes = "; ".join(f"{name}: {regime.what}" for name, regime in REGIMES.items())
     add("--regime", default="default", choices=REGIMES, help=regimes)
     known = ", ".join(RUNNABLE)
@@ -375,8 +373,10 @@ def asked_for(args) -> list[tuple[str, str, int]]:
     past = set(conditions) - set(RUNNABLE)
     if past:
         raise InputError(f"{', '.join(past)}: run by commit 325f1a5 (git checkout 325f1a5)")
+    if args.quick and args.conditions:
+        raise InputError("--conditions: not with --quick, which has its own")
     if args.quick:
-        return planned(MAIN, tasks[:1], 2, 2)
+        return planned(MAIN, tasks[:1], 2, 2, args.first_seed)
     jobs = planned(conditions, tasks, args.seeds, args.other_seeds, args.first_seed)
     if not jobs and not args.table:
         raise InputError("--seeds, --other-seeds: both are 0 for these conditions: nothing to run")

@@ -225,12 +225,7 @@ BAD_ROWS = [
     ({"response": ["r"]}, "response must be text, not list"),
     ({"answer": " ."}, "blank"),
     ({"question": "<|image_pad|>"}, "placeholder"),
-    (
-        {
-            "response": "<perception><|image_pad|></perception><reasoning>b</reasoning><answer>1</answer>"
-        },
-        "placeholder",
-    ),
+    ({"response": "<|video_pad|>"}, "placeholder"),
     ({"question": "<image><image>"}, "1 <image>"),
     ({"response": "<answer>1</answer>"}, "lacks the form"),
 ]

@@ -81,7 +81,10 @@ def test_labels_follow_the_scene():
     ends = np.cumsum(sizes)
     offsets = list(zip(ends - sizes, ends, strict=True))
     said = {}
-    for name, label in contrast.labels("".join(pieces), offsets, example).items():
+    text = "".join(pieces)
+    shouted = text.replace("red", "RED").replace("b2", "B2").replace(" so", " So")
+    for name, label in contrast.labels(text, offsets, example).items():
+        assert (label == contrast.labels(shouted, offsets, example)[name]).all()
         marked = np.flatnonzero(label >= 0)
         said[name] = {f"{pieces[t]}{t}": int(label[t]) for t in marked}
     a1 = {" red2": 1, " square3": 1}

@@ -87,6 +87,19 @@ def test_nothing_that_is_there_is_lost(tmp_path, capsys):
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["mine"]
 
 
+def test_classes_are_answered_by_their_names_and_of_their_split(tmp_path, capsys):
+    rows = {"image": PICTURES, "question": ASKED, "answer": [0, 1] * 6}
+    found = datasets.Dataset.from_dict(rows, split="train").cast_column("image", datasets.Image())
+    found = found.cast_column("answer", datasets.ClassLabel(names=["no", "yes"]))
+    found.save_to_disk(str(tmp_path / "classes"))
+    argv = [str(tmp_path / "classes"), str(tmp_path / "out")]
+    assert from_hub.main([*argv, "--split", "test"]) == 2
+    assert "the folder holds the split train" in capsys.readouterr().err
+    assert from_hub.main(argv) == 0
+    written = [json.loads(line) for line in (tmp_path / "out/rows.jsonl").read_text().splitlines()]
+    assert [row["answer"] for row in written] == ["no", "yes"] * 6
+
+
 def test_several_images_and_boxed_solutions(tmp_path):
     rows = {
         "images": [[picture, picture] for picture in PICTURES],
@@ -109,7 +122,8 @@ def test_several_images_and_boxed_solutions(tmp_path):
     ],
 )
 def test_the_answer_of_a_solution(solution, answer):
-    assert from_hub.answer_of({"solution": solution}, "solution", "row 0") == answer
+    columns = from_hub.Columns("image", "question", "solution", None, None)
+    assert from_hub.answer_of({"solution": solution}, columns, "row 0") == answer
 
 
 CHOICES = ["red", "dark blue", "green"]

@@ -114,8 +114,10 @@ def test_steps_that_are_all_skipped_fail(monkeypatch):
 def test_the_largest_difference_of_metrics_leaves_seconds_out():
     one = {"step": 3, "loss": 0.5, "kl": None, "sec_update": 1.0}
     other = {"step": 3, "loss": 0.25, "kl": None, "sec_update": 9.0}
-    assert gpu_check.metrics_off(one, other) == "2e-01"
-    assert gpu_check.metrics_off(one, one) == "0"
+    assert gpu_check.metrics_off(one, other) == 0.25
+    assert gpu_check.metrics_off(one, one) == 0
+    broken = {**one, "loss": float("nan")}
+    assert str(gpu_check.metrics_off(broken, one)) == "nan"
 
 
 @pytest.mark.parametrize(

@@ -198,12 +198,14 @@ def test_a_run_of_an_earlier_version_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("algo", ["srpo", "grpo"])
-def test_report_of_a_real_run(cache, tmp_path, files, algo):
+def test_report_of_a_real_run(cache, tmp_path, files, algo, monkeypatch):
     (tmp_path / "my.py").write_text("def reward(text, example): return len(text) % 7\n")
     run = tmp_path / f"mine-{algo}"
     argv = "--warmup-steps 20 --steps 2 --prompts 2 --group-size 4 --eval-size 4 --algo".split()
-    argv += [algo, "--reward", f"{tmp_path / 'my.py'}:reward", "--out", str(run)]
+    argv += [algo, "--reward", "my.py:reward", "--out", run.name]
+    monkeypatch.chdir(tmp_path)
     assert train.main(argv) == 0
+    monkeypatch.chdir("/")  # the relative path of the reward begins elsewhere
     page, png, svg, options = files
     assert report.main([str(run), *options]) == 0
     shown = Reader(page.read_text(encoding="utf-8"))
@@ -268,12 +270,14 @@ def test_bands_are_over_seeds(tmp_path):
     step, mean, low, high = charts.curve(runs, "accuracy")[0]
     assert step == 0
     assert mean == pytest.approx(0.5)
-    assert high - mean == pytest.approx(1.96 * 0.1 / 3**0.5)
+    assert high - mean == pytest.approx(0.1 / 3**0.5)
     assert mean - low == pytest.approx(high - mean)
     wrong_reason = [point[1] for point in charts.curve(runs, "wrong reason")]
     assert wrong_reason == pytest.approx([0.25, 0.25])
     assert [point[0] for point in charts.curve(runs, "reward")] == [1]
-    runs[0]["args"]["tau"] = 2.0  # no longer the same condition
+    runs[1]["args"].update(cwd="/elsewhere", resume="out/a-seed1")  # but the same condition
+    assert list(charts.label_runs(runs)) == ["a"]
+    runs[0]["args"]["tau"] = 2.0  # no longer
     labelled = charts.label_runs(runs)
     assert {label: len(members) for label, members in labelled.items()} == {
         "a, tau 2.0": 1,
@@ -295,7 +299,7 @@ def test_curves_are_drawn_as_computed(tmp_path):
     looks = {(line.get_color(), line.get_linestyle()) for line in accuracy.lines}
     assert len(looks) == 2
     band = accuracy.collections[0].get_paths()[0].vertices[:, 1]
-    error = 1.96 * 0.02**0.5 / 2**0.5
+    error = 0.02**0.5 / 2**0.5
     assert (band.min(), band.max()) == pytest.approx((0.5 - error, 0.5 + error))
     text = charts.svg(figure)
     assert text == charts.svg(figure)

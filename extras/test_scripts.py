@@ -19,6 +19,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import bench  # noqa: E402
 import contrast  # noqa: E402
 import credit  # noqa: E402
+import distribution  # noqa: E402
 import from_hub  # noqa: E402
 import loggers  # noqa: E402
 import script  # noqa: E402
@@ -304,6 +305,12 @@ def test_what_the_bench_cannot_measure_is_said_before_it_begins(options, said, c
     assert said in one_line(capsys, bench.main, *options.split())
 
 
+def test_without_grpo_nothing_is_compared_with_it(capsys):
+    result = {"phases": [(0.1, 0.1, 0.1)], "tokens": [8], "peak": 1.0}
+    bench.table("short", {"srpo": result}, "cpu")
+    assert " nan " in capsys.readouterr().out
+
+
 def test_a_condition_that_fails_is_named_with_its_last_line():
     with pytest.raises(InputError, match="^grpo: ValueError: too much$"):
         bench.call("grpo", ["-c", "raise ValueError('too much')"])
@@ -316,6 +323,7 @@ def test_a_condition_that_fails_is_named_with_its_last_line():
 CONTRAST = [
     ("--prompts 0", "argument --prompts"),
     ("--draws 0", "argument --draws"),
+    ("--draws 6", "argument --draws"),
     ("--resume run", "--resume: has no part"),
     ("--out=run", "--out: has no part"),
     ("--steps 5", "--steps: has no part"),
@@ -334,6 +342,12 @@ def test_what_contrast_cannot_use_is_said_before_it_begins(options, said, capsys
     monkeypatch.setattr(credit, "warmed_up", begin)
     options = options.replace("ROOT", str(HERE.parent))
     assert said in one_line(capsys, contrast.main, *options.split())
+
+
+@pytest.mark.parametrize("options", ["--algo grpo", "--lam 0", "--steps 5"])
+def test_options_without_a_part_in_the_distribution_are_refused(options, capsys):
+    said = f"{options.split()[0]}: has no part in what distribution.py measures"
+    assert said in one_line(capsys, distribution.main, *options.split())
 
 
 def test_hidden_cells_are_those_that_the_mask_covers():

@@ -275,7 +275,7 @@ def test_fresh_seeds_and_other_regimes_are_tabled_apart(rows):
 
 
 def test_jobs_are_planned_seed_by_seed_and_those_done_are_left_out(rows):
-    jobs = study.planned(["grpo", "srpo", "tau=3"], ["count", "add"], 6, 2)
+    jobs = study.planned(["grpo", "srpo", "tau=3"], ["count", "add"], 6, 2, 0)
     assert len(jobs) == 2 * (6 + 6 + 2)
     assert jobs[0] == ("count", "grpo", 0) and jobs[-1] == ("add", "tau=3", 1)
     later = study.planned(["grpo", "srpo", "tau=3"], ["count", "add"], 6, 2, first=10)

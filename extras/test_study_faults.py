@@ -43,6 +43,7 @@ STUDY = [
     ("--conditions", "", "argument --conditions: is empty"),
     ("--conditions", "grpo,", "unknown: "),
     ("--tasks", "chess", "unknown: chess"),
+    ("--quick", "--table", "--conditions: not with --quick"),
     ("--out", "", "argument --out: is empty"),
     ("--out", "file/study", "Not a directory"),
     ("--table", "--out=none", "has no runs yet"),
