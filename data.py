@@ -20,6 +20,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from pathlib import Path
@@ -49,17 +50,27 @@ def first_line(error: BaseException) -> str:
     return text.splitlines()[0][:200]
 
 
-def kind_and_line(error: BaseException) -> str:
-    """What went wrong in a function of the user's own."""
-    return f"{type(error).__name__}, {first_line(error)}"
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the memory of a CPU or a GPU ran out."""
     if isinstance(error, MemoryError):
         return True
     known = ("out of memory", "not enough memory", "an't allocate memory", "ALLOC_FAILED")
     return any(words in str(error) for words in known)
+
+
+@contextmanager
+def blame(place: str):
+    """Whatever fails inside becomes one line that begins with `place`, an InputError.
+
+    For what may fail in ways of its own: functions and files of users, devices, decoders. Memory
+    that ran out is nobody's fault, and an InputError says what it has to say.
+    """
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if isinstance(error, InputError) or is_out_of_memory(error):
+            raise
+        raise InputError(f"{place}: {type(error).__name__}, {first_line(error)}") from None
 
 
 # ---- drawn scenes
@@ -522,15 +533,12 @@ class OwnTask:
         images = []
         files = []
         for name in names:
-            try:
+            with blame(f"{example.source}: image {name} cannot be read"):
                 if not (self.path.parent / name).is_file():  # a pipe would be waited for
                     raise OSError("No such file")
                 file = (self.path.parent / name).read_bytes()
                 images.append(open_image(io.BytesIO(file)))
-            except Exception as error:  # decoders raise nearly anything on damaged files
-                problem = f"image {name} cannot be read ({first_line(error)})"
-                raise InputError(f"{example.source}: {problem}") from None
-            files.append(file)
+                files.append(file)
         return replace(example, images=tuple(images)), files
 
 

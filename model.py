@@ -61,8 +61,7 @@ from data import (
     TAGS,
     Example,
     InputError,
-    first_line,
-    is_out_of_memory,
+    blame,
 )
 from srpo import text_and_offsets, token_bytes
 
@@ -570,7 +569,7 @@ def load(
     """
     if name == "tiny":
         return build_tiny(seed, device=device, dtype=dtype)
-    try:
+    with blame(f"--model {name}: cannot be used"):
         if (Path(name) / "args.json").exists():
             raise ValueError("the folder of a run; take its checkpoint-... folder")
         if name.startswith((".", "/", "~")) and not Path(name).is_dir():
@@ -610,10 +609,6 @@ def load(
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(name)
         options = {"dtype": dtype, "max_pixels": max_pixels}
         return Policy(model.to(device), tokenizer, image_processor, **options)
-    except Exception as error:  # what is not there, or not whole, fails in many ways
-        if is_out_of_memory(error):
-            raise
-        raise InputError(f"--model {name}: cannot be used ({first_line(error)})") from None
 
 
 def adapter_config(name: str) -> dict | None:
@@ -624,13 +619,11 @@ def adapter_config(name: str) -> dict | None:
     file = Path(name) / "adapter_config.json"
     if not file.exists():
         return None
-    try:
+    with blame(f"{file}: not the configuration of adapters"):
         config = json.loads(file.read_text(encoding="utf-8"))
         if config["base_model_name_or_path"] is None:
             raise ValueError("it names no base model")
         return {key: config[key] for key in ("r", "base_model_name_or_path")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file}: not the configuration of adapters ({error})") from None
 
 
 def is_tiny(name: str) -> bool:

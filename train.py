@@ -40,10 +40,9 @@ from data import (
     InputError,
     Verdict,
     averages,
+    blame,
     demonstrate,
-    first_line,
     is_out_of_memory,
-    kind_and_line,
     respond,
     verify,
 )
@@ -462,14 +461,11 @@ def build_weigh(args):
     def weigh(logp, *tensors, **options):
         if len(logp) == 0:  # no response has an advantage
             return torch.ones_like(logp)
-        try:
+        with blame(f"--weights {args.weights}"):
             w = function(logp, *tensors, **options)
             if w.shape != logp.shape:
                 raise ValueError(f"weights {list(w.shape)} for tokens {list(logp.shape)}")
-            return w
-        except (Exception, SystemExit) as error:  # whatever the function does
-            said = kind_and_line(error)
-            raise InputError(f"--weights {args.weights}: {said}") from None
+        return w
 
     logp = torch.full((2, 3), -1.0)
     roles = torch.tensor([[Role.PERCEPTION, Role.REASONING, Role.OTHER]] * 2)
@@ -485,20 +481,14 @@ def build_judge(args):
     function = load_function("--reward", args.reward)
 
     def judge(text: str, example: data.Example) -> Verdict:
-        try:
+        with blame(f"--reward {args.reward}: {example.source or example.question}"):
             found = function(text, example)
             if not isinstance(found, Verdict):
                 found = replace(verify(text, example), reward=float(found))
-            if not math.isfinite(found.reward):
-                raise ValueError(f"{found.reward} is not finite")
             for figure in (found.reward, found.accuracy, found.format):
-                if not isinstance(figure, int | float):
-                    raise TypeError(f"a Verdict with {figure!r}")
-            return found
-        except (Exception, SystemExit) as error:  # whatever the function does
-            said = kind_and_line(error)
-            asked = example.source or example.question
-            raise InputError(f"--reward {args.reward}: {said}; {asked}") from None
+                if not math.isfinite(figure):  # TypeError where it is no number
+                    raise ValueError(f"{figure} is not finite")
+        return found
 
     return judge
 
@@ -508,24 +498,16 @@ def build_log(args, run: "Run"):
     if not args.log:
         return None
     function = load_function("--log", args.log)
-    try:
+    with blame(f"--log {args.log}: cannot start"):
         return function(run.path, vars(args))
-    except InputError:
-        raise
-    except (Exception, SystemExit) as error:  # whatever the function does
-        said = f"cannot start ({kind_and_line(error)})"
-        raise InputError(f"--log {args.log}: {said}") from None
 
 
 def load_function(option: str, place: str):
     """The function that FILE.py:NAME says, or InputError."""
     file, _, name = place.rpartition(":")
     sys.path.insert(0, str(Path(file).resolve().parent))  # for what it imports from beside it
-    try:
+    with blame(f"{option} {place}: no such function FILE.py:NAME"):
         return runpy.run_path(file)[name]
-    except (Exception, SystemExit) as error:  # whatever the file does
-        said = f"no such function FILE.py:NAME ({first_line(error)})"
-        raise InputError(f"{option} {place}: {said}") from None
 
 
 def prepare(args, run: "Run", task):
@@ -775,10 +757,8 @@ class Run:
         if not self.metrics.exists():
             return []
         lines = self.metrics.read_bytes().split(b"\n")[:-1]
-        try:
+        with blame(f"{self.metrics}: not the records of a run"):
             return [json.loads(line) for line in lines]
-        except ValueError as error:
-            raise InputError(f"{self.metrics}: not the records of a run ({error})") from None
 
     def write(self, record: dict) -> None:
         with open(self.metrics, "a", encoding="utf-8") as file:
@@ -788,10 +768,10 @@ class Run:
             figures = record.get("eval", record)
             numbers = {f"{kind}/{name}": x for name, x in figures.items() if x is not None}
             try:
-                self.send(numbers, record["step"])
-            except (Exception, SystemExit) as error:  # no run ends for want of a live curve
-                said = f"--log: no more, {kind_and_line(error)}"
-                tqdm.write(said, file=sys.stderr)
+                with blame("--log: no more"):
+                    self.send(numbers, record["step"])
+            except InputError as error:  # no run ends for want of a live curve
+                tqdm.write(str(error), file=sys.stderr)
                 self.send = None
 
     def checkpoint(self) -> Path | None:
@@ -840,16 +820,11 @@ class Run:
         checkpoint = self.checkpoint()
         if checkpoint is None:
             return
-        try:
+        with blame(f"{checkpoint}: remove it, trainer.pt is broken"):
             state = torch.load(checkpoint / "trainer.pt", map_location=device, weights_only=True)
             optimizer.load_state_dict(state["optimizer"])
             if state.get("scaler"):  # empty in other dtypes, and missing in earlier versions
                 scaler.load_state_dict(state["scaler"])
-        except Exception as error:  # a cut file, a foreign one
-            if is_out_of_memory(error):
-                raise
-            said = f"remove it, trainer.pt is broken ({first_line(error)})"
-            raise InputError(f"{checkpoint}: {said}") from None
         print(f"going on from step {self.steps_done()}", file=sys.stderr)
 
 
@@ -858,13 +833,13 @@ def write_folder(folder: Path, fill) -> None:
     beside = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(beside, ignore_errors=True)  # left by a process that was killed
     try:
-        beside.mkdir(parents=True)
-        fill(beside)
-        shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
-    except Exception as error:  # a full disk, too, reported in ways of their own
+        with blame(f"{folder}: cannot be written"):
+            beside.mkdir(parents=True)
+            fill(beside)
+            shutil.rmtree(folder, ignore_errors=True)
+            beside.rename(folder)
+    finally:
         shutil.rmtree(beside, ignore_errors=True)
-        raise InputError(f"{folder}: cannot be written ({first_line(error)})") from None
 
 
 # ---- the options
@@ -992,13 +967,10 @@ def default_dtype(args: argparse.Namespace) -> str:
 def resolve_options(argv: list[str]) -> argparse.Namespace:
     """All options with their values, checked."""
     args = build_parser().parse_args(argv)
-    try:
+    with blame(f"--device {args.device}: not possible here"):
         torch.zeros(1, device=args.device).item()
         if args.device.startswith("cuda:"):
             torch.cuda.set_device(args.device)  # kernels in Triton run on the current one
-    except Exception as error:  # a device that is not there fails in ways of its own
-        said = f"not possible here ({first_line(error)})"
-        raise InputError(f"--device {args.device}: {said}") from None
     adapters = model.adapter_config(args.model)
     if adapters is not None:
         if args.lora not in (None, adapters["r"]):

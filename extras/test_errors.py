@@ -318,7 +318,7 @@ def test_a_verdict_without_numbers_is_refused(capsys, tmp_path, figure):
     )
     options = [*ONE, "--warmup-steps", 0, "--reward", f"{file}:reward"]
     said = complaint(capsys, *options, "--out", tmp_path / "out")
-    assert "TypeError, a Verdict with" in said
+    assert "TypeError, must be real number" in said
 
 
 def test_answers_that_need_another_reward_are_noted(capsys):

@@ -54,7 +54,8 @@ def script(tmp_path, text: str) -> str:
 def test_a_reward_that_fails_does_so_before_the_warm_up(body, said, tmp_path, capsys, no_training):
     place = script(tmp_path, f"def f(text, example):\n    {body}\n")
     message = complaint(capsys, "--reward", place, "--out", tmp_path / "out")
-    assert f"--reward {place}: {said}" in message
+    assert f"--reward {place}: " in message
+    assert f": {said}" in message
 
 
 @pytest.mark.parametrize(
@@ -86,13 +87,13 @@ def test_an_image_that_is_a_pipe_is_not_waited_for(jsonl, tmp_path, capsys):  # 
     (tmp_path / "3.png").unlink()
     os.mkfifo(tmp_path / "3.png")
     message = complaint(capsys, "--data", path, "--out", tmp_path / "out")
-    assert "rows.jsonl:4: image 3.png cannot be read (No such file)" in message
+    assert "rows.jsonl:4: image 3.png cannot be read: OSError, No such file" in message
 
 
 def test_a_logger_that_cannot_start_is_one_line(tmp_path, capsys, no_training):
     place = script(tmp_path, "f = 3\n")
     message = complaint(capsys, "--log", place, "--out", tmp_path / "out")
-    assert f"--log {place}: cannot start (TypeError" in message
+    assert f"--log {place}: cannot start: TypeError" in message
 
 
 # ---- in the middle of a run
@@ -103,7 +104,7 @@ def test_a_logger_that_fails_is_said_once_and_the_run_goes_on(tmp_path, capsys):
     out = tmp_path / "out"
     run(out, *COLD, "--steps", 2, "--log", script(tmp_path, text))
     assert [record["step"] for record in numbers(out)] == [0, 1, 2, 2]
-    assert capsys.readouterr().err.count("--log: no more, ZeroDivisionError") == 1
+    assert capsys.readouterr().err.count("--log: no more: ZeroDivisionError") == 1
 
 
 def test_memory_that_runs_out_does_not_blame_the_checkpoint(tmp_path, capsys, monkeypatch):
@@ -173,7 +174,7 @@ def test_a_folder_that_cannot_be_written_is_said_and_leaves_the_old_one(tmp_path
         raise OSError("No space left on device")
 
     train.write_folder(tmp_path / "made", lambda folder: (folder / "x").write_text("old"))
-    with pytest.raises(data.InputError, match="cannot be written .No space"):
+    with pytest.raises(data.InputError, match="cannot be written: OSError, No space"):
         train.write_folder(tmp_path / "made", full)
     assert (tmp_path / "made/x").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["made"]
