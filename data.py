@@ -17,6 +17,7 @@ says: SRPO changes the credit, not the reward.
 import hashlib
 import io
 import json
+import os
 import re
 import unicodedata
 from collections.abc import Collection, Iterator, Sequence
@@ -33,6 +34,7 @@ from corrupt import open_image
 from srpo import Tags, parse_response
 
 TAGS = Tags()
+OTHER_FORMS = "extras/from_hub.py turns other forms of data into JSON lines"
 IMAGE_MARK = "<image>"  # in a question: an image goes here; without marks, all images go in front
 INSTRUCTION = (
     f"Reply in exactly this form: <{TAGS.perception}>what you see that matters</{TAGS.perception}>"
@@ -498,25 +500,23 @@ class OwnTask:
         images = row.get("images", [row.get("image")])
         if not isinstance(images, list) or not images:
             raise InputError(f"{source}: images must be a list of file names, not {shown(images)}")
-        for name in images:
-            if not isinstance(name, str) or name.startswith("data:"):
-                advice = "for data in other forms see extras/from_hub.py"
-                problem = f"image must be a file name, not {shown(name)}; {advice}"
-                raise InputError(f"{source}: {problem}")
-        answer = row.get("answer")
-        if not isinstance(answer, str | bool):  # numbers are read as text, but for NaN
-            raise InputError(f"{source}: answer must be text or a number, not {shown(answer)}")
-        answer = str(answer)
         question = row.get("question")
+        answer = row.get("answer")  # a number has been read as text
+        if isinstance(answer, bool):
+            answer = str(answer)
         response = row.get("response", "")
         system = row.get("system", self.system)
-        for name, text in (("question", question), ("response", response), ("system", system)):
+        texts = [("image", name) for name in images]
+        texts += [("question", question), ("answer", answer)]
+        texts += [("response", response), ("system", system)]
+        for name, text in texts:
             if not isinstance(text, str):
-                raise InputError(f"{source}: {name} must be text, not {shown(text)}")
-        if re.search("[\ud800-\udfff]", "".join([system, question, answer, response, *images])):
-            raise InputError(f"{source}: holds half a character (a lone surrogate)")
-        if re.search(r"<\|(image|video)_pad\|>", system + question + response):
-            raise InputError(f"{source}: take the image placeholder out")
+                problem = f"{name} must be text, not {shown(text)}; {OTHER_FORMS}"
+                raise InputError(f"{source}: {problem}")
+            if re.search("[\ud800-\udfff]", text):
+                raise InputError(f"{source}: {name} holds half a character (a lone surrogate)")
+            if re.search(r"<\|(image|video)_pad\|>", text):
+                raise InputError(f"{source}: take the image placeholder out of the {name}")
         if question.count(IMAGE_MARK) not in (0, len(images)):
             raise InputError(f"{source}: give {len(images)} {IMAGE_MARK} marks, or none")
         if re.search(r"</?answer>|#### |\\boxed.*\\boxed", answer, re.DOTALL):
@@ -533,9 +533,9 @@ class OwnTask:
         images = []
         files = []
         for name in names:
-            with blame(f"{example.source}: image {name} cannot be read"):
-                if not (self.path.parent / name).is_file():  # a pipe would be waited for
-                    raise OSError("No such file")
+            with blame(f"{example.source}: image {name[:80]} cannot be read"):
+                if not os.path.isfile(self.path.parent / name):  # a pipe would be waited for
+                    raise OSError(f"No such file; {OTHER_FORMS}")
                 file = (self.path.parent / name).read_bytes()
                 images.append(open_image(io.BytesIO(file)))
                 files.append(file)
@@ -563,14 +563,10 @@ def shown(value) -> str:
 
 def read_json_lines(path: Path) -> list[tuple[str, dict]]:
     """("file:line", object) of each line. InputError where the file or a line is anything else."""
-    try:
+    with blame(f"{path}: cannot be read as UTF-8 text ({OTHER_FORMS})"):
         if path.exists() and not path.is_file():
             raise OSError("not a file")  # a pipe would be waited for
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines also cuts at U+2028
-    except (OSError, UnicodeDecodeError) as error:
-        problem = f"cannot be read as UTF-8 text ({error})"
-        advice = "extras/from_hub.py turns other forms of data into JSON lines"
-        raise InputError(f"{path}: {problem}; {advice}") from None
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -579,11 +575,9 @@ def read_json_lines(path: Path) -> list[tuple[str, dict]]:
             row = json.loads(line, parse_float=str, parse_int=str)
         except (ValueError, RecursionError):
             row = None
-        if line.lstrip().startswith("["):
-            advice = "take it apart with jq -c '.[]'"
-            raise InputError(f"{path}:{number}: a JSON array, not one object a line; {advice}")
         if not isinstance(row, dict):
-            raise InputError(f"{path}:{number}: expected one JSON object, got {line[:60]!r}")
+            problem = f"expected one JSON object, got {line[:60]!r}"
+            raise InputError(f"{path}:{number}: {problem}; jq -c '.[]' takes an array apart")
         rows.append((f"{path}:{number}", row))
     if not rows:
         raise InputError(f"{path}: the file is empty; it needs one JSON object a line")
