@@ -476,13 +476,10 @@ class OwnTask:
     def train_batch(self, step: int, n: int) -> list[Example]:
         """Batch `step` of an endless stream; each epoch is a permutation of all rows."""
         examples = []
-        order_of = {}  # of each epoch that the batch touches
         for position in range(step * n, (step + 1) * n):
             epoch, index = divmod(position, len(self.train_rows))
-            if epoch not in order_of:
-                rng = np.random.default_rng((self.seed, epoch))
-                order_of[epoch] = rng.permutation(len(self.train_rows))
-            example, _ = self._load(*self.train_rows[order_of[epoch][index]])
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.train_rows))
+            example, _ = self._load(*self.train_rows[order[index]])
             examples.append(example)
         return examples
 
