@@ -315,8 +315,15 @@ def say_trouble(history: list[dict]) -> None:
     """What keeps the policy from learning, and what to try: after 5, 50 and 500 steps of it."""
     first = history[0]
     now = history[-1]
-    formless = steps_in_a_row(record["format"] < 0.02 for record in reversed(history))
-    idle = steps_in_a_row(record["used_groups"] == 0 for record in reversed(history))
+    formless = 0  # steps in a row up to now
+    idle = 0
+    for record in history:
+        formless += 1
+        idle += 1
+        if record["format"] >= 0.02:
+            formless = 0
+        if record["used_groups"] > 0:
+            idle = 0
     if formless in (5, 50, 500):
         said = f"almost no response had the three blocks for {formless} steps, so that SRPO is GRPO"
     elif idle in (5, 50, 500):
@@ -335,16 +342,6 @@ def say_trouble(history: list[dict]) -> None:
         cause = "most responses are wrong; try easier data, or a larger --group-size"
     figures = f"mean reward {now['reward']:.2f}, {now['format']:.0%} well-formed"
     tqdm.write(f"{said}: {figures}; {cause}", file=sys.stderr)
-
-
-def steps_in_a_row(happened) -> int:
-    """In how many steps it happened without a gap, from the last one backwards."""
-    count = 0
-    for in_this_step in happened:
-        if not in_this_step:
-            break
-        count += 1
-    return count
 
 
 def evaluate(policy, examples: Iterable, judge, args, step: int, batch: int = 64) -> dict:
