@@ -711,23 +711,16 @@ class Run:
 
     def claim(self, options: dict) -> None:
         """Make the folder, with the run's options in it."""
-        if self.began():
-            advice = "give a new folder"
-            if (self.path / "args.json").exists():
-                advice = f"--resume {self.path} goes on with it"
+        if any(self.path.glob("*")):
+            advice = f"give a new folder, or go on with a run by --resume {self.path}"
             raise InputError(f"--out {self.path}: not empty; {advice}")
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock()
         self.keep_options(options)
 
-    def began(self) -> bool:
-        """Whether the folder holds more than what a run writes before it begins."""
-        before = ("args.json", "lock", "warmed-up.lock")
-        return any(file.name not in before for file in self.path.glob("*"))
-
     def discard(self) -> None:
         """Remove the folder of a run that never began: its name is free for another try."""
-        if not self.began():
+        if not self.metrics.exists() and not (self.path / "warmed-up").exists():
             shutil.rmtree(self.path, ignore_errors=True)
 
     def keep_options(self, options: dict) -> None:
@@ -737,17 +730,13 @@ class Run:
 
     def argv(self) -> list[str]:
         """The options that it was started with, to be checked again, in the folder of that time."""
-        try:
+        with blame(f"--resume {self.path}: not the folder of a run"):
             options = json.loads((self.path / "args.json").read_text(encoding="utf-8"))
-            if not all(isinstance(word, str) for word in options["argv"]):
-                raise TypeError("argv holds more than text")
-            began_in = Path(options.get("cwd", "."))
-            if began_in.is_dir():
-                os.chdir(began_in)  # where the relative paths among the options begin
-            return list(options["argv"])
-        except (OSError, ValueError, KeyError, TypeError):
-            said = "not the folder of a run (no args.json there)"
-            raise InputError(f"--resume {self.path}: {said}") from None
+            argv = [str(word) for word in options["argv"]]
+        began_in = Path(options.get("cwd", "."))
+        if began_in.is_dir():
+            os.chdir(began_in)  # where the relative paths among the options begin
+        return argv
 
     def log(self) -> list[dict]:
         """Records of the run, without a last line that a kill has cut off."""

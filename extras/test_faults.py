@@ -142,7 +142,7 @@ def test_a_foreign_folder_is_not_one_to_go_on_with(tmp_path, capsys):
     (tmp_path / "letter.txt").write_text("Dear reader")
     message = complaint(capsys, "--out", tmp_path)
     assert "not empty; give a new folder" in message
-    assert "--resume" not in message
+    assert [file.name for file in tmp_path.iterdir()] == ["letter.txt"]
 
 
 def test_names_of_runs_say_what_differs(tmp_path, monkeypatch):

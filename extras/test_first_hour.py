@@ -223,7 +223,7 @@ def test_what_is_written_into_the_records_by_hand_is_gone_after_resuming(finishe
         ('{"argv": ["--dtype", "float8"]}', "--dtype"),
         ('{"argv": ["--lr", "fast"]}', "--lr"),
         ('{"argv": "x"}', "unrecognized"),
-        ('{"argv": [1]}', "not the folder of a run"),
+        ('{"argv": [1]}', "unrecognized"),
         ('{"argv": null}', "not the folder of a run"),
         ("{}", "not the folder of a run"),
         ("[]", "not the folder of a run"),
