@@ -195,7 +195,7 @@ def train(args: argparse.Namespace, run: "Run") -> None:
 
 
 def generator(args, step: int, purpose: int = 0) -> torch.Generator:
-    """Random numbers of one step; purpose 0 is training, 1 evaluation, 2 looking for the form."""
+    """Random numbers of one step; purpose 0 is training, 1 evaluation."""
     seed = np.random.SeedSequence((args.seed, step, purpose)).generate_state(1, np.uint64)[0]
     return torch.Generator(args.device).manual_seed(int(seed >> np.uint64(1)))
 
@@ -344,14 +344,16 @@ def say_trouble(history: list[dict]) -> None:
     tqdm.write(f"{said}: {figures}; {cause}", file=sys.stderr)
 
 
-def evaluate(policy, examples: Iterable, judge, args, step: int, batch: int = 64) -> dict:
+def evaluate(policy, examples: Iterable, judge, args, step: int, temperature=None) -> dict:
     """Record of a response to each example, at --eval-temperature, always drawn alike."""
+    if temperature is None:
+        temperature = args.eval_temperature
     rng = generator(args, 0, purpose=1)
-    limits = {"max_new_tokens": args.max_new_tokens, "temperature": args.eval_temperature}
+    limits = {"max_new_tokens": args.max_new_tokens, "temperature": temperature}
     verdicts = []
     samples = []
     examples = iter(tqdm(examples, "evaluating", leave=False, disable=None))
-    asked = list(islice(examples, batch))
+    asked = list(islice(examples, 64))
     while asked:
         rollout = policy.sample(policy.encode(asked), 1, generator=rng, **limits)
         for (text, _), example in zip(policy.decode(rollout), asked, strict=True):
@@ -360,8 +362,8 @@ def evaluate(policy, examples: Iterable, judge, args, step: int, batch: int = 64
             if len(samples) < 3:
                 sample = {"question": example.question, "answer": example.answer, "response": text}
                 samples.append({**sample, "verdict": in_words(verdict)})
-        asked = list(islice(examples, batch))
-    figures = {**averages(verdicts), "n": len(verdicts), "temperature": args.eval_temperature}
+        asked = list(islice(examples, 64))
+    figures = {**averages(verdicts), "n": len(verdicts), "temperature": temperature}
     return {"step": step, "eval": figures, "samples": samples}
 
 
@@ -670,23 +672,17 @@ def imitate(policy, args, run: "Run", task) -> None:
             continue
         last = step + 1 == args.warmup_steps
         if last or (step % 10 == 9 and not args.train_vision):
-            formed = responses_with_form(policy, task, args, step)
-            said = f"cold start, step {step + 1}: {formed} of 16 sampled responses have the form"
-            if last and formed < 8:
+            some = task.train_batch(step, 16)
+            record = evaluate(policy, some, verify, args, step, temperature=args.temperature)
+            formed = record["eval"]["format"]
+            said = (
+                f"cold start, step {step + 1}: {formed:.0%} of 16 sampled responses have the form"
+            )
+            if last and formed < 0.5:
                 said += "; raise --warmup-steps, --warmup-lr, or --max-new-tokens if cut off"
             tqdm.write(said, file=sys.stderr)
-            if formed == 16:
+            if formed == 1:
                 break
-
-
-def responses_with_form(policy, task, args, step: int) -> int:
-    """How many of 16 sampled responses are exactly the three blocks."""
-    examples = task.train_batch(step, 16)
-    limits = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
-    rng = generator(args, step, purpose=2)
-    rollout = policy.sample(policy.encode(examples), 1, generator=rng, **limits)
-    verdicts = judge_all(verify, policy.decode(rollout), rollout, examples)
-    return sum(verdict.format == 1 for verdict in verdicts)
 
 
 # ---- the folder of a run

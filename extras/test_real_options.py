@@ -364,7 +364,7 @@ def test_a_cold_start_says_how_many_have_the_form(hub, tmp_path, capsys):
     argv = ["--model", hub, *COLD, *SMALL, "--steps", 0, "--warmup-steps", 2]
     run(tmp_path / "out", *argv)
     said = capsys.readouterr().err
-    assert "cold start, step 2: 0 of 16 sampled responses have the form" in said
+    assert "cold start, step 2: 0% of 16 sampled responses have the form" in said
     assert "raise --warmup-steps, --warmup-lr" in said
 
 
@@ -377,19 +377,26 @@ def test_a_cold_start_recomputes_layers_too(hub, tmp_path, monkeypatch):
         recompute(net)
 
     monkeypatch.setattr(model, "recompute_layers", noted)
-    monkeypatch.setattr(train, "responses_with_form", lambda *_: 16)
     argv = ["--model", hub, *COLD, *SMALL, "--steps", 0, "--warmup-steps", 1, "--recompute"]
     run(tmp_path / "out", *argv)
     assert len(policies) == 2  # the one that imitates, and the one that is trained
 
 
 def test_a_cold_start_ends_when_the_form_is_learned(hub, tmp_path, capsys, monkeypatch):
-    counts = iter([3, 16])
-    monkeypatch.setattr(train, "responses_with_form", lambda *_: next(counts))
+    evaluate = train.evaluate
+    shares = iter([0.2, 1.0])
+
+    def with_shares(*args, **kwargs):
+        record = evaluate(*args, **kwargs)
+        if "temperature" in kwargs:  # asked by the cold start
+            record["eval"]["format"] = next(shares)
+        return record
+
+    monkeypatch.setattr(train, "evaluate", with_shares)
     argv = ["--model", hub, *COLD, *SMALL, "--steps", 0, "--warmup-steps", 50]
     run(tmp_path / "out", *argv)
     said = capsys.readouterr().err
-    assert "cold start, step 20: 16 of 16 sampled responses have the form\n" in said
+    assert "cold start, step 20: 100% of 16 sampled responses have the form\n" in said
     assert "step 30" not in said
 
 
