@@ -247,6 +247,7 @@ class DrawnTask:
         # Of every seed the same, so that runs are compared on the same examples.
         return self.draw(n, (0, 0, 2), held_out=True)
 
+    @property
     def prompts(self) -> list[tuple[Example, list]]:
         """Examples and the sizes of their images: of all prompts a sample, which are alike."""
         return [(example, [(self.size, self.size)]) for example in self.eval_set(16)]
@@ -437,7 +438,7 @@ class OwnTask:
         self.system = system
         rows = [self._parse(source, row) for source, row in read_json_lines(self.path)]
         digests = []  # of each row, the hashes of its images
-        self._prompts = []
+        self.prompts = []  # all examples, without their images, and the sizes of these
         for names, example in tqdm(rows, f"checking {self.path.name}", disable=None, delay=2):
             loaded, files = self._load(names, example)
             if judge is not None and len(digests) < 1000:  # a judge may be slow
@@ -446,7 +447,7 @@ class OwnTask:
                     problem = f"the reward does not accept {example.answer!r} as its own answer"
                     raise InputError(f"{example.source}: {problem}")
             digests.append({hashlib.sha256(file).hexdigest() for file in files})
-            self._prompts.append((example, [image.size for image in loaded.images]))
+            self.prompts.append((example, [image.size for image in loaded.images]))
         self.answers = [example.answer for _, example in rows]
         images = sorted(set().union(*digests))
         content = [example.row for _, example in rows]
@@ -457,21 +458,13 @@ class OwnTask:
         if eval_all:
             held_out = images
         self.held_out = with_neighbors(set(held_out), digests)
-        self.eval_rows = []
-        self.train_rows = []
-        for row, row_images in zip(rows, digests, strict=True):
-            if row_images & self.held_out:
-                self.eval_rows.append(row)
-            else:
-                self.train_rows.append(row)
+        pairs = list(zip(rows, digests, strict=True))
+        self.eval_rows = [row for row, row_images in pairs if row_images & self.held_out]
+        self.train_rows = [row for row, row_images in pairs if not row_images & self.held_out]
         if not self.train_rows and not eval_all:
             needed = "needs at least two different images, one to train on and one to hold out"
             together = "rows that share an image, directly or by others, stay together"
             raise InputError(f"{path}: {needed}; {together}")
-
-    def prompts(self) -> list[tuple[Example, list]]:
-        """All examples, without their images, and the sizes of these."""
-        return self._prompts
 
     def train_batch(self, step: int, n: int) -> list[Example]:
         """Batch `step` of an endless stream; each epoch is a permutation of all rows."""

@@ -538,7 +538,7 @@ def check_prompts(policy, task, args) -> None:
     """InputError where a prompt leaves no room for its response. Says what a real model takes."""
     context = policy.model.config.get_text_config().max_position_embeddings
     longest = (0, 0)
-    for example, sizes in task.prompts():
+    for example, sizes in task.prompts:
         length = policy.prompt_length(example, sizes)
         if length[0] + args.max_new_tokens > context:
             said = f"{length[0]} tokens, {length[1]} of them visual, and --max-new-tokens "
@@ -646,7 +646,7 @@ def imitate(policy, args, run: "Run", task) -> None:
         parameters = trainable(policy, args)
         batch = args.prompts
     check_prompts(policy, task, args)
-    for example, _ in demonstrations.prompts():
+    for example, _ in demonstrations.prompts:
         demonstrate(example, 0.0, np.random.default_rng(0))  # one without a response is said now
     options = {"lr": 1.0, "betas": (0.9, 0.95), "weight_decay": 0.01, "fused": True}
     optimizer = torch.optim.AdamW(parameters, **options)

@@ -280,8 +280,7 @@ def test_a_row_without_a_response_is_said_before_the_cold_start(
 
 def test_a_diverging_cold_start_names_its_own_rate(tmp_path, capsys, monkeypatch):
     class Task(data.DrawnTask):
-        def prompts(self):
-            return []
+        prompts = ()
 
     args = train.resolve_options([*map(str, COLD), "--warmup-steps", "2", "--warmup-lr", "1e9"])
     policy = train.load_policy(args, "tiny")

@@ -436,7 +436,7 @@ def test_the_system_text_begins_the_chat(hub, jsonl):  # noqa: F811
     rows = [{"image": f"{i}.png", "question": "q?", "answer": 1} for i in range(3)]
     rows[1]["system"] = "Be brief."
     task = data.OwnTask(jsonl(lines=[json.dumps(row) for row in rows]), system="Be kind.")
-    examples = {example.source[-1]: example for example, _ in task.prompts()}
+    examples = {example.source[-1]: example for example, _ in task.prompts}
     assert examples["1"].system == examples["3"].system == "Be kind."
     assert examples["2"].system == "Be brief."
     policy = model.load(str(hub))
