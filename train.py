@@ -385,11 +385,9 @@ def summarize(run: "Run") -> None:
     if len(evaluations) > 1:
         shown.append(evaluations[-1])
     temperature = shown[-1]["eval"].get("temperature")  # earlier versions did not record it
-    how = f"sampled at temperature {temperature}"
-    if temperature == 0:
-        how = "the likeliest token each time"
     steps = ", ".join(f"step {record['step']}" for record in shown)
-    print(f"\n{shown[0]['eval']['n']} held-out examples, {how}: {steps}")
+    n = shown[0]["eval"]["n"]
+    print(f"\n{n} held-out examples, sampled at temperature {temperature}: {steps}")
     for name in Verdict.__dataclass_fields__:
         values = [record["eval"][name] for record in shown]
         if None not in values:

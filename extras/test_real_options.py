@@ -320,7 +320,7 @@ def test_the_log_says_how_it_was_evaluated(hub, tmp_path, capsys):
     assert train.resolve_options(["--model", str(hub)]).eval_temperature == 0
     (evaluation,), _ = run(tmp_path / "a", "--model", hub, *COLD, *SMALL, "--steps", 0)
     assert evaluation["eval"]["temperature"] == 0
-    assert "held-out examples, the likeliest token each time: step 0\n" in capsys.readouterr().out
+    assert "held-out examples, sampled at temperature 0.0: step 0\n" in capsys.readouterr().out
 
 
 def test_the_best_policy_is_kept(tmp_path, capsys, monkeypatch):
