@@ -227,18 +227,17 @@ def parse_facts(text: str) -> set[Fact]:
     return {Fact(*found) for found in re.findall(fact, text.lower())}
 
 
+@dataclass
 class DrawnTask:
     """Endless batches, which depend on the seed and their step, and a fixed held-out set."""
 
+    task: str
+    seed: int = 0
+    size: int = 48  # side of an image in pixels
+    objects: tuple[int, int] = (3, 4)  # fewest and most shapes in a scene
+    system: str = ""
     held_out = frozenset()  # scenes are held out by their content, not by the bytes of an image
     fingerprint = "drawn"
-
-    def __init__(self, task: str, *, seed=0, size=48, objects=(3, 4), system=""):
-        self.task = task
-        self.seed = seed
-        self.size = size
-        self.objects = objects
-        self.system = system
 
     def train_batch(self, step: int, n: int) -> list[Example]:
         return self.draw(n, (self.seed, step, 1), held_out=False)
