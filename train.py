@@ -169,7 +169,7 @@ def train(args: argparse.Namespace, run: "Run") -> None:
                 stats["loss"] = loss
                 for name in totals:
                     totals[name] += stats[name].item() / args.inner_epochs
-            grad_norms.append(optimizer_step(optimizer, scaler, run, step, if_not_finite))
+            grad_norms.append(optimizer_step(optimizer, scaler, step, if_not_finite))
         clock.append(time.perf_counter())
 
         # Report, evaluate, save.
@@ -280,7 +280,7 @@ def token_metrics(rollout, old_logp, roles, w) -> dict:
     return {name: x.mean().item() if len(x) else None for name, x in values.items()}
 
 
-def optimizer_step(optimizer, scaler, run: "Run", step: int, cause: str) -> float | None:
+def optimizer_step(optimizer, scaler, step: int, cause: str) -> float | None:
     """A step along the gradients that have added up, cut to norm 1; their norm before.
 
     None where float16 has overflowed: the scaler leaves the step out and lowers its scale.
@@ -293,10 +293,7 @@ def optimizer_step(optimizer, scaler, run: "Run", step: int, cause: str) -> floa
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
     if not math.isfinite(norm):
         if scaler.get_scale() <= 1:  # 1 in other dtypes
-            said = f"step {step}: the gradient is not finite: {cause}"
-            if run.checkpoint():
-                said += f"; the last checkpoint is {run.checkpoint()}"
-            raise InputError(said)
+            raise InputError(f"step {step}: the gradient is not finite: {cause}")
         norm = None
     scaler.step(optimizer)
     scaler.update()
@@ -609,7 +606,7 @@ def warmed_up(args, run: "Run", task) -> str:
     with FileLock(f"{folder}.lock"):  # another run may be making the same one
         if not folder.exists():
             policy = load_policy(args, args.model)
-            imitate(policy, args, run, task)
+            imitate(policy, args, task)
             write_folder(folder, policy.save)
     return str(folder)
 
@@ -626,7 +623,7 @@ def cache_folder(run: "Run") -> Path:
     return run.path
 
 
-def imitate(policy, args, run: "Run", task) -> None:
+def imitate(policy, args, task) -> None:
     """A cold start: supervised steps on demonstrations, the last fifth with --warmup-noise.
 
     A real model stops once it has learned the form, except with --train-vision: that is to learn
@@ -665,7 +662,7 @@ def imitate(policy, args, run: "Run", task) -> None:
             rows = slice(start, start + args.micro_batch)
             logp = policy.log_probs(prompts, written[rows], temperature=1.0)
             scaler.scale(-logp.sum() / written.mask.sum()).backward()
-        optimizer_step(optimizer, scaler, run, step + 1, cause="lower --warmup-lr")
+        optimizer_step(optimizer, scaler, step + 1, cause="lower --warmup-lr")
         if knows_the_form:
             continue
         last = step + 1 == args.warmup_steps
@@ -1047,6 +1044,8 @@ def main(argv: list[str] | None = None) -> int:
         said = str(error)  # not the error, which would keep the run, and its lock
         if run is not None and not args.resume:
             run.discard()
+        if run is not None and run.checkpoint() is not None:
+            said += f"; the last checkpoint is {run.checkpoint()}"
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if not is_out_of_memory(error):
             raise

@@ -278,7 +278,7 @@ def test_a_row_without_a_response_is_said_before_the_cold_start(
     assert f"{path}:20: needs a response, to be imitated" in said
 
 
-def test_a_diverging_cold_start_names_its_own_rate(tmp_path, capsys, monkeypatch):
+def test_a_diverging_cold_start_names_its_own_rate():
     class Task(data.DrawnTask):
         prompts = ()
 
@@ -286,7 +286,7 @@ def test_a_diverging_cold_start_names_its_own_rate(tmp_path, capsys, monkeypatch
     policy = train.load_policy(args, "tiny")
     policy.model.lm_head.weight.data.fill_(torch.nan)
     with pytest.raises(data.InputError) as error:
-        train.imitate(policy, args, train.Run(tmp_path), Task("count"))
+        train.imitate(policy, args, Task("count"))
     assert str(error.value) == "step 1: the gradient is not finite: lower --warmup-lr"
 
 

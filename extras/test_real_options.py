@@ -85,7 +85,7 @@ def test_an_overflow_of_float16_leaves_the_step_out():
     before = optimizer.param_groups[0]["params"][0].clone()
     scaler = scaler_of(8.0)
     scaler.scale(torch.ones(1))  # a scaler that was never used has no scale yet
-    assert train.optimizer_step(optimizer, scaler, train.Run("x"), 3, "lower --lr") is None
+    assert train.optimizer_step(optimizer, scaler, 3, "lower --lr") is None
     assert torch.equal(optimizer.param_groups[0]["params"][0], before)
     assert scaler.get_scale() == 4
 
@@ -95,7 +95,7 @@ def test_a_gradient_that_is_not_finite_at_any_scale_stops_the_run(scaler):
     if scaler.is_enabled():
         scaler.scale(torch.ones(1))
     with pytest.raises(data.InputError, match="step 3: the gradient is not finite: lower --lr"):
-        train.optimizer_step(overflowing_optimizer(), scaler, train.Run("x"), 3, "lower --lr")
+        train.optimizer_step(overflowing_optimizer(), scaler, 3, "lower --lr")
 
 
 @pytest.mark.parametrize(
