@@ -200,7 +200,7 @@ def draw_example(
         args = rng.choice([*COLORS, *SHAPES], 2, replace=False).tolist()
         if task == "count":
             args = args[:1]
-        # As many objects match the question as a uniform draw says, so that no answer is common.
+        # As many objects match the question as a uniform draw says, so that no count is common.
         n_matching = int(rng.integers(1, n + 1))
         matching = [kind for kind in kinds if args[0] in kind]
         others = [kind for kind in kinds if args[0] not in kind]
@@ -344,7 +344,7 @@ def _plain_words(text: str) -> str:
     text = re.sub(r"(?<=[^\W\d_]{2})[!?]+$", "", text)
     wrapped = WRAPPED.fullmatch(text)
     if wrapped:
-        text = wrapped[wrapped.lastindex].strip(" .,;:")
+        text = wrapped[wrapped.lastindex].strip().rstrip(" .,;:")
     return text
 
 
@@ -353,7 +353,7 @@ def _as_number(text: str) -> Fraction | None:
         return None
     if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?", text):
         text = text.replace(",", "")
-    if not re.fullmatch(r"[+-]?(\d+|\d*\.\d+|\d+/0*[1-9]\d*)", text):
+    if not re.fullmatch(r"[+-]?(\d+|(\d+|\d*\.\d+)(e-\d\d)?|\d+/0*[1-9]\d*)", text):
         return None
     return Fraction(text)
 
@@ -461,9 +461,9 @@ class OwnTask:
         self.eval_rows = [row for row, row_images in pairs if row_images & self.held_out]
         self.train_rows = [row for row, row_images in pairs if not row_images & self.held_out]
         if not self.train_rows and not eval_all:
-            needed = "needs at least two different images, one to train on and one to hold out"
+            left = "no row is left to train on beside those with images that are held out"
             together = "rows that share an image, directly or by others, stay together"
-            raise InputError(f"{path}: {needed}; {together}")
+            raise InputError(f"{path}: {left}; {together}")
 
     def train_batch(self, step: int, n: int) -> list[Example]:
         """Batch `step` of an endless stream; each epoch is a permutation of all rows."""
@@ -482,19 +482,20 @@ class OwnTask:
 
     def _parse(self, source: str, row: dict) -> tuple[list[str], Example]:
         """Names of the images, and the example without them."""
-        if "image" in row and "images" in row:
+        given = {name: value for name, value in row.items() if value is not None}
+        if "image" in given and "images" in given:
             raise InputError(f"{source}: image and images; give one of them")
-        if "messages" in row:
+        if "messages" in given:
             raise InputError(f"{source}: messages is not read; put it into question and system")
-        images = row.get("images", [row.get("image")])
+        images = given.get("images", [given.get("image")])
         if not isinstance(images, list) or not images:
             raise InputError(f"{source}: images must be a list of file names, not {shown(images)}")
-        question = row.get("question")
-        answer = row.get("answer")  # a number has been read as text
+        question = given.get("question")
+        answer = given.get("answer")  # a number has been read as text
         if isinstance(answer, bool):
             answer = str(answer)
-        response = row.get("response", "")
-        system = row.get("system", self.system)
+        response = given.get("response", "")
+        system = given.get("system", self.system)
         texts = [("image", name) for name in images]
         texts += [("question", question), ("answer", answer)]
         texts += [("response", response), ("system", system)]
@@ -512,10 +513,11 @@ class OwnTask:
             raise InputError(f"{source}: give the answer alone, not {shown(answer)}")
         if not answers_match(answer, answer):
             raise InputError(f"{source}: the answer {answer!r} is blank")
-        if response and not parse_response(response, TAGS):
-            raise InputError(f"{source}: the response lacks the form")
         more = {"system": system, "source": source, "response": response, "row": row}
-        return images, Example((), question, answer, **more)
+        example = Example((), question, answer, **more)
+        if response and verify(response, example).format != 1:
+            raise InputError(f"{source}: the response lacks the form, or a block of it is blank")
+        return images, example
 
     def _load(self, names: list[str], example: Example) -> tuple[Example, list[bytes]]:
         """The example with its images, and the bytes of their files."""

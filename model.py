@@ -233,6 +233,12 @@ class Policy:
             responses.append(text_and_offsets([self.bytes_of[token] for token in tokens]))
         return responses
 
+    def ended(self, rollout: Rollout) -> Tensor:
+        """[B] bool: whether a response ends with EOS, and not where its room ended."""
+        last = rollout.mask.sum(dim=1, keepdim=True) - 1
+        last_tokens = rollout.ids.gather(1, last)[:, 0]  # [B]
+        return torch.isin(last_tokens, torch.tensor(self.eos, device=self.device))
+
     def as_rollout(self, texts: list[str]) -> Rollout:
         """Given texts as if sampled, one per prompt, each closed by EOS; log-probs are left 0."""
         rows = self.tokenizer(texts, add_special_tokens=False)["input_ids"]

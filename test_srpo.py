@@ -717,6 +717,16 @@ def scored(policy):
     return prompts, corrupted_prompts, rollout, policy.as_rollout(texts)
 
 
+def test_a_response_that_was_cut_off_lacks_eos(policy, scored):
+    _, _, rollout, written = scored
+    assert policy.ended(written).all()
+    last = written.mask.sum(dim=1) - 1
+    written = replace(written, ids=written.ids.scatter(1, last[:, None], 0))
+    assert not policy.ended(written).any()
+    has_eos = torch.isin(rollout.ids * rollout.mask, torch.tensor(policy.eos)).any(dim=1)
+    assert torch.equal(policy.ended(rollout), has_eos)
+
+
 def roles_and_visible(policy, written):
     roles = train.response_roles(policy.decode(written), written)
     return roles, without_perception(written.mask, roles)
@@ -1130,10 +1140,17 @@ def test_the_reward_is_accuracy_and_the_share_of_tags_in_place(response, accurac
 SAME = [("3", "3.0"), ("1,000", "1000"), ("1/2", "0.5"), ("\u22127", "-7"), ("7.", "7")]
 SAME += [("(B)", "b"), ("B.", "B"), ("Same", "same"), ("Same!", "same"), (".5", "0.5")]
 SAME += [("  two  words ", "Two words"), ("nan", "NaN"), ("<", "<"), ("**3**", "3"), ("(3)", "3")]
-SAME += [("'red'", "red"), ("e\u0301", "\u00e9"), ("+3", "3")]
+SAME += [
+    ("**.5**", "0.5"),
+    ("1e-05", "0.00001"),
+    ("'red'", "red"),
+    ("e\u0301", "\u00e9"),
+    ("+3", "3"),
+]
 DIFFERENT = [("-7", "7"), ("12", "1"), ("A dog", "a"), ("", ""), (".", "."), ("1/0", "1")]
 DIFFERENT += [
     ("1e999999999", "1"),
+    ("**.5**", "5"),
     ("3 apples", "3"),
     ("-5 cm", "5 cm"),
     (".5 m", "5 m"),

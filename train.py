@@ -80,12 +80,12 @@ WARMUP_VERSION = 2  # raise it when a change alters the warmed-up tiny model, wh
 
 def train(args: argparse.Namespace, run: "Run") -> None:
     """B responses of up to T tokens a step, G to each prompt; [b, T] is a micro-batch of them."""
-    run.send = build_log(args, run)
     judge = build_judge(args)
     task = build_task(args, judge)
     weigh = build_weigh(args)
     records = run.log()
     check_data(records, task, args)
+    run.send = build_log(args, run)
     policy, reference, optimizer, scaler = prepare(args, run, task)
     run.restore(optimizer, scaler, args.device)
     check_prompts(policy, task, args)
@@ -106,6 +106,7 @@ def train(args: argparse.Namespace, run: "Run") -> None:
         rng = generator(args, step)
         rollout = policy.sample(prompts, args.group_size, generator=rng, **sampling)
         lengths = rollout.mask.sum(dim=1)  # [B], EOS included, padding excluded
+        truncated = ~policy.ended(rollout)  # [B]
         n_tokens = lengths.sum()  # of all responses: leaving some out does not change the loss
         clock.append(time.perf_counter())
 
@@ -177,7 +178,7 @@ def train(args: argparse.Namespace, run: "Run") -> None:
         record.update(used_groups=used_groups, grad_norm=grad_norms[-1])
         record["skipped"] = grad_norms.count(None)
         record["length"] = lengths.float().mean().item()
-        record["truncated"] = (lengths == args.max_new_tokens).float().mean().item()
+        record["truncated"] = truncated.float().mean().item()
         record.update(token_metrics(rollout, old_logp, roles, w))
         seconds = np.diff(clock).tolist()
         record.update(sec_generate=seconds[0], sec_score=seconds[1], sec_update=seconds[2])
@@ -322,7 +323,7 @@ def say_trouble(history: list[dict]) -> None:
         if record["used_groups"] > 0:
             idle = 0
     if formless in (5, 50, 500):
-        said = f"almost no response had the three blocks for {formless} steps, so that SRPO is GRPO"
+        said = f"almost no response had the three blocks for {formless} steps"
     elif idle in (5, 50, 500):
         said = f"rewards did not differ in any group for {idle} steps"
     else:
@@ -389,7 +390,7 @@ def summarize(run: "Run") -> None:
         values = [record["eval"][name] for record in shown]
         if None not in values:
             print(f"{name:12}" + "".join(f"{value:10.3f}" for value in values))
-    weighed = [record for record in records if record.get("w_perception")]
+    weighed = [r for r in records if r.get("w_perception") and r.get("w_reasoning")]
     if weighed:
         means = "perception {w_perception:.2f}, reasoning {w_reasoning:.2f}".format(**weighed[-1])
         print(f"mean weight in step {weighed[-1]['step']}: {means}")
@@ -549,6 +550,8 @@ def what_it_takes(policy, tokens: int, visual_tokens: int, args) -> str:
     total = sum(x.numel() for x in policy.model.parameters())
     trained = sum(x.numel() for x in policy.model.parameters() if x.requires_grad)
     needed = 16 * trained + 4 * (total - trained)  # weights, gradients, Adam's two moments
+    if args.kl_coef > 0 and not args.lora:
+        needed += 4 * total  # the reference
     if args.dtype != "float32":
         needed += 2 * total  # the copy that is computed with
     if args.dtype != "float32" and args.lora:
@@ -632,6 +635,8 @@ def imitate(policy, args, task) -> None:
     if args.demonstrations:
         options = {"system": args.system, "held_out": task.held_out}
         demonstrations = data.OwnTask(args.demonstrations, args.seed, **options)
+        for _, example in demonstrations.train_rows:
+            demonstrate(example, 0.0, np.random.default_rng(0))  # one without a response fails now
     else:  # of a drawn task also with --data, whose rows need not show a response
         demonstrations = drawn_task(args)
     if args.model == "tiny":
@@ -641,8 +646,6 @@ def imitate(policy, args, task) -> None:
         parameters = trainable(policy, args)
         batch = args.prompts
     check_prompts(policy, task, args)
-    for example, _ in demonstrations.prompts:
-        demonstrate(example, 0.0, np.random.default_rng(0))  # one without a response is said now
     options = {"lr": 1.0, "betas": (0.9, 0.95), "weight_decay": 0.01, "fused": True}
     optimizer = torch.optim.AdamW(parameters, **options)
     scaler = gradient_scaler(args)
@@ -723,7 +726,11 @@ class Run:
         """The options that it was started with, to be checked again, in the folder of that time."""
         with blame(f"--resume {self.path}: not the folder of a run"):
             options = json.loads((self.path / "args.json").read_text(encoding="utf-8"))
-            argv = [str(word) for word in options["argv"]]
+            argv = []
+            for name in (*PRESETS, "lora", "dtype"):  # what is left out may mean another by now
+                if options.get(name) is not None:
+                    argv += [f"--{name.replace('_', '-')}", str(options[name])]
+            argv += [str(word) for word in options["argv"]]
         began_in = Path(options.get("cwd", "."))
         if began_in.is_dir():
             os.chdir(began_in)  # where the relative paths among the options begin
@@ -870,7 +877,7 @@ def build_parser() -> Parser:
     add("--task", "which drawn task", "count", choices=data.TASKS)
     add("--reward", "your own reward, (response text, example) -> float", metavar=function)
     add("--algo", "grpo: the same advantage for every token", "srpo", choices=("srpo", "grpo"))
-    add("--steps", "optimizer steps; 0 only evaluates", type=whole)
+    add("--steps", "batches of responses to train on; 0 only evaluates", type=whole)
     add("--lora", "train low-rank adapters only: pip install peft", metavar="RANK", type=count)
     add("--out", "folder of the run, new or empty (default: a new one in out/)", metavar="DIR")
     add("--resume", "go on with the run in DIR, with its own options", metavar="DIR")
@@ -961,8 +968,14 @@ def resolve_options(argv: list[str]) -> argparse.Namespace:
         args.dtype = default_dtype(args)
     if args.w_min > args.w_max:
         raise InputError(f"--w-min {args.w_min}: above --w-max {args.w_max}")
+    if args.eval_all and not args.data:
+        raise InputError("--eval-all: only with --data, whose rows it holds out")
     if args.eval_all and args.steps > 0:
         raise InputError("--eval-all: leaves no rows to train on; give --steps 0, too")
+    if args.eval_all and args.warmup_steps > 0 and args.model != "tiny":
+        raise InputError("--eval-all: leaves no rows for a cold start; evaluate what it has made")
+    if args.demonstrations and args.warmup_steps == 0:
+        raise InputError("--demonstrations: are not imitated with --warmup-steps 0")
     if args.weights and args.algo == "grpo":
         raise InputError("--weights: not with --algo grpo, which weighs nothing")
     if args.lora and args.train_vision:
@@ -1049,8 +1062,8 @@ def main(argv: list[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if not is_out_of_memory(error):
             raise
-        ways = "--micro-batch, --max-new-tokens or --max-pixels, or give --recompute or --lora 16"
-        said = f"out of memory: lower {ways}"
+        ways = "lower --micro-batch, --prompts, --max-new-tokens or --max-pixels"
+        said = f"out of memory: {ways}, or give --recompute or --lora 16"
         if "fragmentation" in str(error):
             said += "; PYTORCH_ALLOC_CONF=expandable_segments:True may help, too"
     print(f"error: {said}", file=sys.stderr)

@@ -73,7 +73,10 @@ BAD_OPTIONS = [  # TMP is a folder with what `folders` puts there
     ("--log TMP/file:g", "no such function"),
     ("--lora 4", "pip install peft"),
     ("--lora 4 --train-vision", "--train-vision"),
-    ("--eval-all", "--steps 0"),
+    ("--eval-all", "only with --data"),
+    ("--eval-all --data x.jsonl", "--steps 0"),
+    ("--eval-all --data x --steps 0 --model TMP/cut --warmup-steps 2", "no rows for a cold start"),
+    ("--demonstrations x.jsonl --warmup-steps 0", "not imitated"),
 ]
 
 
@@ -228,6 +231,7 @@ BAD_ROWS = [
     ({"response": "<|video_pad|>"}, "placeholder"),
     ({"question": "<image><image>"}, "1 <image>"),
     ({"response": "<answer>1</answer>"}, "lacks the form"),
+    ({"response": data.respond("a", " ", "1")}, "a block of it is blank"),
 ]
 BAD_LINES = [
     ('{"image": "0.png", "question"', "expected one JSON object"),
@@ -264,7 +268,7 @@ def test_a_bad_row_is_named_by_file_and_line(
 
 
 @pytest.mark.parametrize(
-    ("lines", "said"), [([], "empty"), ([json.dumps(ROW)] * 3, "two different images")]
+    ("lines", "said"), [([], "empty"), ([json.dumps(ROW)] * 3, "no row is left to train on")]
 )
 def test_files_without_rows_to_train_on_are_refused(lines, said, capsys, tmp_path, jsonl):  # noqa: F811
     assert said in complaint(capsys, "--data", jsonl(lines=lines), "--out", tmp_path / "out")
@@ -275,6 +279,14 @@ def test_a_file_that_is_no_text_is_refused(capsys, tmp_path, jsonl):  # noqa: F8
     said = complaint(capsys, "--data", tmp_path / "0.png", "--out", tmp_path / "out")
     assert "cannot be read as UTF-8" in said
     assert "extras/from_hub.py" in said
+
+
+def test_columns_that_are_null_are_as_missing(jsonl):  # noqa: F811
+    row = {**ROW, "images": None, "system": None, "response": None, "level": None}
+    task = data.OwnTask(jsonl(json.dumps(row)), system="Be brief.")
+    (example,) = [example for example, _ in task.prompts if "level" in example.row]
+    assert example.system == "Be brief."
+    assert example.row["level"] is None
 
 
 def test_numbers_keep_the_text_of_the_file(jsonl):  # noqa: F811

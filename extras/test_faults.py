@@ -90,6 +90,13 @@ def test_an_image_that_is_a_pipe_is_not_waited_for(jsonl, tmp_path, capsys):  # 
     assert "rows.jsonl:4: image 3.png cannot be read: OSError, No such file" in message
 
 
+def test_a_logger_starts_when_all_else_is_checked(tmp_path, capsys, no_training):
+    text = "def f(folder, options):\n    (folder / 'events').write_text('')\n"
+    log = ["--log", script(tmp_path, text), "--out", tmp_path / "out"]
+    complaint(capsys, *log, "--data", tmp_path / "none.jsonl")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_logger_that_cannot_start_is_one_line(tmp_path, capsys, no_training):
     place = script(tmp_path, "f = 3\n")
     message = complaint(capsys, "--log", place, "--out", tmp_path / "out")
@@ -276,6 +283,18 @@ def test_a_row_without_a_response_is_said_before_the_cold_start(
     argv = [*QUICK, *SMALL, "--demonstrations", path, "--warmup-steps", 1, "--prompts", 1]
     said = complaint(capsys, *argv, "--out", tmp_path / "out")
     assert f"{path}:20: needs a response, to be imitated" in said
+
+
+def test_rows_that_are_held_out_need_no_response(jsonl, tmp_path):  # noqa: F811
+    rows = [{"image": f"{i}.png", "question": "q?", "answer": 1} for i in range(10)]
+    task = data.OwnTask(jsonl(lines=[json.dumps(row) for row in rows]))
+    for i, row in enumerate(rows):
+        if any(example.source.endswith(f":{i + 1}") for _, example in task.train_rows):
+            row["response"] = data.respond("a", "b", "1")
+    path = jsonl(lines=[json.dumps(row) for row in rows])
+    argv = [*QUICK, *SMALL, "--demonstrations", path, "--data", path, "--steps", 0]
+    run(tmp_path / "out", *argv, "--warmup-steps", 1, "--eval-size", 2, "--max-new-tokens", 8)
+    assert (tmp_path / "out/warmed-up").exists()
 
 
 def test_a_diverging_cold_start_names_its_own_rate():

@@ -133,7 +133,7 @@ FORMLESS = {**WELL, "format": 0.0, "used_groups": 3}  # chance tags give a sprea
         ([{**WELL, "truncated": 0.75}] * 5, "most responses are cut off; try a larger"),
         (
             [FORMLESS] * 5,
-            "almost no response had the three blocks for 5 steps, so that SRPO is GRPO",
+            "almost no response had the three blocks for 5 steps",
         ),
         ([FORMLESS] * 5, "try --warmup-steps 60"),
         ([{**FORMLESS, "truncated": 0.75}] * 5, "most responses are cut off; try a larger"),
@@ -215,6 +215,27 @@ def test_what_is_written_into_the_records_by_hand_is_gone_after_resuming(finishe
         (finished / "metrics.jsonl").write_bytes(before + line)
         assert train.main(["--resume", str(finished)]) == 0
         assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_resumed_run_keeps_its_options_when_its_model_is_gone(finished, tmp_path):
+    first = train.Run(finished).checkpoint()
+    moved = first.rename(tmp_path / "moved")
+    out = tmp_path / "second"
+    run(out, *ONE, *COLD, "--eval-size", 2, "--model", moved, "--save-every", 1)
+    before = json.loads((out / "args.json").read_text())
+    moved.rename(tmp_path / "gone")
+    assert train.main(["--resume", str(out), "--steps", "2"]) == 0
+    after = json.loads((out / "args.json").read_text())
+    for name in {*train.PRESETS, "dtype", "lora"} - {"steps", "max_pixels"}:
+        assert after[name] == before[name], name
+
+
+def test_a_block_that_no_response_has_is_not_summarized(finished, capsys):
+    records = numbers(finished)
+    records[1].update(w_perception=1.0, w_reasoning=None)
+    (finished / "metrics.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in records))
+    train.summarize(train.Run(finished))
+    assert "mean weight" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
