@@ -343,7 +343,7 @@ def say_trouble(history: list[dict]) -> None:
 
 
 def evaluate(policy, examples: Iterable, judge, args, step: int, temperature=None) -> dict:
-    """Record of a response to each example, at --eval-temperature, always drawn alike."""
+    """Record of a response to each example, at --eval-temperature by default, from one seed."""
     if temperature is None:
         temperature = args.eval_temperature
     rng = generator(args, 0, purpose=1)
@@ -672,14 +672,12 @@ def imitate(policy, args, task) -> None:
         if last or (step % 10 == 9 and not args.train_vision):
             some = task.train_batch(step, 16)
             record = evaluate(policy, some, verify, args, step, temperature=args.temperature)
-            formed = record["eval"]["format"]
-            said = (
-                f"cold start, step {step + 1}: {formed:.0%} of 16 sampled responses have the form"
-            )
-            if last and formed < 0.5:
+            formed = round(16 * record["eval"]["format"])
+            said = f"cold start, step {step + 1}: {formed} of 16 sampled responses have the form"
+            if last and formed < 8:
                 said += "; raise --warmup-steps, --warmup-lr, or --max-new-tokens if cut off"
             tqdm.write(said, file=sys.stderr)
-            if formed == 1:
+            if formed == 16:
                 break
 
 

@@ -364,7 +364,7 @@ def test_a_cold_start_says_how_many_have_the_form(hub, tmp_path, capsys):
     argv = ["--model", hub, *COLD, *SMALL, "--steps", 0, "--warmup-steps", 2]
     run(tmp_path / "out", *argv)
     said = capsys.readouterr().err
-    assert "cold start, step 2: 0% of 16 sampled responses have the form" in said
+    assert "cold start, step 2: 0 of 16 sampled responses have the form" in said
     assert "raise --warmup-steps, --warmup-lr" in said
 
 
@@ -396,7 +396,7 @@ def test_a_cold_start_ends_when_the_form_is_learned(hub, tmp_path, capsys, monke
     argv = ["--model", hub, *COLD, *SMALL, "--steps", 0, "--warmup-steps", 50]
     run(tmp_path / "out", *argv)
     said = capsys.readouterr().err
-    assert "cold start, step 20: 100% of 16 sampled responses have the form\n" in said
+    assert "cold start, step 20: 16 of 16 sampled responses have the form\n" in said
     assert "step 30" not in said
 
 
