@@ -269,33 +269,34 @@ class Policy:
         eos = torch.tensor(self.eos, device=self.device)
         numbers = B * self.model.config.get_text_config().hidden_size
         # Autocast is around all of it, so that weights are cast once.
-        with threads_for(numbers), self._autocast():
+        with self._autocast():
             prompt_cache = self.read_prompts(prompts, torch.arange(N, device=self.device))
             cache = sampling_cache(prompt_cache.keys_and_values, prompt, max_new_tokens, self.dtype)
             state = prompt_cache.last_state[prompt]  # [B, H]
-            for t in range(T):
-                logprobs = self._log_softmax(state, temperature)  # [B, V]
-                probabilities = logprobs.exp()
-                if temperature == 0:
-                    token = probabilities.argmax(dim=1, keepdim=True)  # [B, 1]
-                else:
-                    token = draw(probabilities, generator)  # [B, 1]
-                ids[:, t] = token[:, 0].where(alive, self.pad)
-                mask[:, t] = alive
-                logp[:, t] = logprobs.gather(1, token)[:, 0]
-                # Where a word cannot be sampled, 0 * -inf would be NaN.
-                entropy[:, t] = -(probabilities * logprobs.clamp(min=-1e4)).sum(1)
-                alive = alive & ~torch.isin(token[:, 0], eos)
-                if t + 1 == T or not alive.any():
-                    break
-                attention[:, L + t] = True
-                out = self.model.model.language_model(
-                    ids[:, t : t + 1],
-                    attention_mask=attention[:, None, None],
-                    position_ids=positions[:, :, t : t + 1],
-                    past_key_values=cache,
-                )
-                state = out.last_hidden_state[:, -1]
+            with threads_for(numbers):
+                for t in range(T):
+                    logprobs = self._log_softmax(state, temperature)  # [B, V]
+                    probabilities = logprobs.exp()
+                    if temperature == 0:
+                        token = probabilities.argmax(dim=1, keepdim=True)  # [B, 1]
+                    else:
+                        token = draw(probabilities, generator)  # [B, 1]
+                    ids[:, t] = token[:, 0].where(alive, self.pad)
+                    mask[:, t] = alive
+                    logp[:, t] = logprobs.gather(1, token)[:, 0]
+                    # Where a word cannot be sampled, 0 * -inf would be NaN.
+                    entropy[:, t] = -(probabilities * logprobs.clamp(min=-1e4)).sum(1)
+                    alive = alive & ~torch.isin(token[:, 0], eos)
+                    if t + 1 == T or not alive.any():
+                        break
+                    attention[:, L + t] = True
+                    out = self.model.model.language_model(
+                        ids[:, t : t + 1],
+                        attention_mask=attention[:, None, None],
+                        position_ids=positions[:, :, t : t + 1],
+                        past_key_values=cache,
+                    )
+                    state = out.last_hidden_state[:, -1]
         if not logp.isfinite().all():
             problem = "the policy has diverged: its log-probs are not finite"
             raise InputError(f"{problem}; lower --lr, or take another --dtype than float16")
@@ -379,8 +380,9 @@ class Policy:
         """[n, H] -> [n, V] float32: the one place where pi is defined, to sample and to score."""
         logits = self.model.lm_head(states).float()
         if temperature > 0:
-            logits = logits / temperature
-        return logits.index_fill(1, self.forbidden, float("-inf")).log_softmax(dim=1)
+            logits /= temperature
+        logits.index_fill_(1, self.forbidden, float("-inf"))
+        return logits.log_softmax(dim=1)
 
     def _response_positions(self, prompts: Prompts, prompt: Tensor, mask: Tensor) -> Tensor:
         """[3, B, T]: M-RoPE positions of response tokens, counted over `mask` [B, T]."""
