@@ -374,3 +374,19 @@ def test_lora_trains_adapters_only_and_the_readmes_lines_use_them_merged(tmp_pat
     assert not torch.allclose(score(adapted), score(base), atol=1e-3)
     with adapted.adapter.disable_adapter():  # as the reference of the KL term
         assert torch.allclose(score(adapted), score(base), atol=1e-5)
+
+
+def test_whole_layers_among_the_adapters_of_another_trainer_are_float32(tmp_path):
+    peft = pytest.importorskip("peft", reason="pip install peft")
+    hub = hub_folder(tmp_path / "hub", "Qwen2VLConfig")
+    policy = model.load(hub)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    peft.get_peft_model(policy.model, config).save_pretrained(tmp_path / "own")
+    policy.tokenizer.save_pretrained(tmp_path / "own")
+    config = json.loads((tmp_path / "own/adapter_config.json").read_text())
+    config["base_model_name_or_path"] = hub
+    (tmp_path / "own/adapter_config.json").write_text(json.dumps(config))
+    loaded = model.load(str(tmp_path / "own"), dtype=torch.bfloat16)
+    trained = [x for x in loaded.model.parameters() if x.requires_grad]
+    assert trained[-1].shape == loaded.model.lm_head.weight.shape
+    assert {x.dtype for x in trained} == {torch.float32}

@@ -276,21 +276,6 @@ def test_a_damaged_adapter_config_is_one_line(config, tmp_path, capsys):
     assert "adapter_config.json: not the configuration of adapters" in said
 
 
-def test_whole_layers_among_the_adapters_of_another_trainer_are_float32(hub, tmp_path):
-    peft = pytest.importorskip("peft", reason="pip install peft")
-    policy = model.load(str(hub))
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
-    peft.get_peft_model(policy.model, config).save_pretrained(tmp_path)
-    policy.tokenizer.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = str(hub)
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    loaded = model.load(str(tmp_path), dtype=torch.bfloat16)
-    trained = [x for x in loaded.model.parameters() if x.requires_grad]
-    assert trained[-1].shape == loaded.model.lm_head.weight.shape
-    assert {x.dtype for x in trained} == {torch.float32}
-
-
 # ---- evaluation
 
 
