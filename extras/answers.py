@@ -119,7 +119,8 @@ BEFORE_CHOICE = [
 ]
 AFTER_CHOICE = r" is (?:the )?(?:correct|right|answer)(?: answer| option| choice)?$|选项$"
 # What follows a letter is no reason for it if it names another one, or takes it back.
-ANOTHER = re.compile(r"\b(?:[A-J]|(?i:no|not|or|actually))\b")
+TAKEN_BACK = "no|not|or|actually|but|never|perhaps|maybe|none|false|wrong|incorrect|cannot"
+ANOTHER = re.compile(rf"\b(?:[A-J]|\w+n't|(?i:[b-h]|{TAKEN_BACK}))\b")
 
 
 def same_choice(given: str, truth: str, question: str) -> bool | None:
@@ -267,6 +268,8 @@ def same_words(given: str, truth: str) -> bool | None:
     if not words or not true_words:
         return None
     if true_words[0].lower() in YES_NO and len(true_words) == 1:
+        if re.match(r"no [^\W\d_]", clean(given).lower()):
+            return False  # no idea
         return same_yes_no(words, true_words[0].lower())
     if len(words) == len(true_words) and all(map(same_word, words, true_words)):
         return True
@@ -317,12 +320,14 @@ DOUBTFUL = [  # what math-verify takes for less than it says
     r"^[-+]{2}",  # --12
     r"[-+*/^=<>]$",  # 5-
     r"\d \d",  # 12 13
+    r"\d ?(?:[~|→]|\.\.+) ?\d",  # 5~6
     r"\d:\d\d ?[apAP]",  # 9:15 pm
     r"\d([-/.])\d+\1\d",  # 2021-03-05
 ]
 # Numbers too large to work with, in a way that no time limit interrupts
 HUGE = re.compile(r"\d{5,} ?!|!!|(?:\^|\*\*) ?[{(]? ?-?(?:\d{5,}|\d+ ?(?:\^|\*\*|!))")
 RELATION = re.compile(r"[=<>]|\\(?:in|[lg]eq?|[lg]t|neq?|approx)(?![a-zA-Z])")
+BOUND = re.compile(r"[<>]|\\(?:[lg]eq?|[lg]t|neq?)(?![a-zA-Z])")
 NAMES = re.compile(r"\\[a-zA-Z]+|\b(?:and|or|sqrt|sin|cos|tan|log|ln|exp)\b")
 UNIT_END = re.compile(
     r"(?:(?<=[\d)}\]])|(?<=\\pi)) ?[^\W\d_°%€£¥¢]?[^\d(){}\[\]\\+=<>]*(?:\^?\{?\d\}?)?$"
@@ -391,7 +396,7 @@ def comparable(given: str, truth: str) -> bool:
     if given_brackets and true_brackets and given_brackets.groups() != true_brackets.groups():
         return False
     if bool(RELATION.search(given)) != bool(RELATION.search(truth)):
-        return True  # x = 4 may be 4
+        return not (BOUND.match(given) or BOUND.match(truth))  # x = 4 may be 4, and >= 4 not
     # It takes words for products of their letters, and X for x.
     return variables(given) == variables(truth)
 

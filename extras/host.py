@@ -141,19 +141,19 @@ def corrupt_patches(patches: Tensor, p: float, seed: int) -> Tensor:
 
     Args:
         patches: [patches, channels * pixels] of one image, three channels.
-        p: in [0, 1].
+        p: in (0, 1]; at least one patch is hit.
         seed: another one in every training step.
     Returns:
         [patches, channels * pixels], a new tensor.
     Raises:
-        ValueError: p is not a share.
+        ValueError: p is not a share, or 0, which corrupts nothing.
     """
-    if not 0 <= p <= 1:
-        raise ValueError(f"p must lie in [0, 1], got {p}")
+    if not 0 < p <= 1:
+        raise ValueError(f"p must lie in (0, 1], got {p}")
     n = len(patches)
     generator = torch.Generator().manual_seed((digest(patches) + seed * 1000003) % 2**63)
     hit = torch.zeros(n, 1, dtype=torch.bool)
-    hit[torch.randperm(n, generator=generator)[: round(p * n)]] = True
+    hit[torch.randperm(n, generator=generator)[: max(1, round(p * n))]] = True
     by_channel = patches.reshape(n, 3, -1)  # [patches, channels, pixels]
     mean_color = by_channel.mean(dim=(0, 2))[None, :, None]  # [1, channels, 1]
     filled = mean_color.expand_as(by_channel).reshape(patches.shape)

@@ -64,9 +64,10 @@ LEADS = [
 HEDGES = r"\b(?:no|not|or|actually|maybe|perhaps|never)\b"
 # What a sentence says besides its answer
 EXPLANATIONS = [
-    r"^(?:(?!\bor\b).)*\b(?:is|are|equals|it's) (?=[-+$€£]?\d)",
+    r"^(?:(?!\b(?:or|not|no|never|neither|none|nothing|cannot|if|half|twice)\b|n't\b).)*"
+    r"\b(?:is|are|equals|it's) (?=[-+$€£]?\d)",
     r"(?<=\w) \([^()\d]+ [^()\d]+\)$",  # yes (there is one)
-    r",? (?:because|since)\b.*|, (?:as|so|which)\b.*",
+    r",? (?:because|since)\b.*|, (?:as(?! well\b)|which)\b.*",
     rf"(?<=\d)\. (?!.*{HEDGES})(?=\D+$)(?:<\||\S+ \S+ \S).*",  # a sentence after a number
 ]
 
@@ -192,8 +193,11 @@ UNIT_NOTATION = [
 ]
 CURRENCY = re.compile(r"([-+]?)(US\$|USD|EUR|GBP|[$€£¥]) ?([\d.].*)")
 # What may stand after a number: letters and signs, digits only as exponents
-UNIT = re.compile(r" ?[^\W\d_°%$€£¥¢]?(?:[^\W\d_]|[°%$€£¥¢ ./*·]|\^?\{?-?[1-9]\}?(?![\d/]))*")
-NOT_A_UNIT = re.compile(r"(?:halve|quarter|third|\w+th|ten|dozen|hundred|thousand|\w+illion)s?$")
+EXPONENT = r"(?<! )\^?\{?-?[1-9]\}?(?![\d/])"
+UNIT = re.compile(rf" ?[^\W\d_°%$€£¥¢]?(?:[^\W\d_]|[°%$€£¥¢ ./*·]|{EXPONENT})*")
+NOT_A_UNIT = re.compile(
+    r"(?:halve|quarter|third|\w+th|ten|dozen|hundred|thousand|crore|lakh|score|pair|\w+illion)s?$"
+)
 ONES = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
     "fifteen sixteen seventeen eighteen nineteen"

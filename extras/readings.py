@@ -32,9 +32,9 @@ def mean_over(x: Tensor, where: Tensor) -> Tensor:
 
 
 def std_over(x: Tensor, where: Tensor) -> Tensor:
-    """Row standard deviation (of the population) over `where`, [B, T] -> [B, 1]; at least 1e-6."""
+    """Row standard deviation (of the population) over `where`, [B, T] -> [B, 1]; at least 1e-4."""
     variance = mean_over((x - mean_over(x, where)) ** 2, where)
-    return variance.sqrt().clamp(min=1e-6)
+    return variance.sqrt().clamp(min=1e-4)
 
 
 def scored_tokens(delta: Tensor, roles: Tensor) -> Tensor:
@@ -361,9 +361,11 @@ def vppo(logp, logp_corrupted, logp_blank, roles, A, **_) -> Tensor:
     dependency = k3_estimate(contrast).clamp(max=10)
     score = mean_over(dependency, tokens)  # [B, 1]
     scale = torch.ones_like(score)
-    if score.max() - score.min() > 1e-6:
-        share = (score - score.min()) / (score.max() - score.min())
-        scale = 0.9 + 0.1 * share / share.mean()
+    has_tokens = tokens.any(dim=1)  # [B]; the others have no score
+    scored = score[has_tokens]
+    if len(scored) > 0 and scored.max() - scored.min() > 1e-6:
+        share = (score - scored.min()) / (scored.max() - scored.min())
+        scale = 0.9 + 0.1 * share / share[has_tokens].mean()
     top = top_percent(dependency, tokens, 40)
     w = scale.expand_as(contrast).masked_fill(~top, 0)
     return torch.where(tokens, w, torch.ones_like(w))

@@ -173,14 +173,17 @@ blue and red == blue ;; light blue == blue ;; not blue == blue ;; blue or red ==
 dog house == dog ;; four == 3 ;; twenty == 21 ;; 10:30 AM == 10:30 PM ;; 10:03 == 10:30
 Jan 5, 2020 == Jan 6, 2020 ;; January 5, 2020 == June 5, 2020 ;; York == New York
 J. Smith == J. Jones ;; A. Einstein == A. Newton ;; No. 5 == No. 6 ;; mW == MW ;; NA == Na
-Co == CO ;; Hz == HZ ;; k == K ;; 5 mL == 5 ML
+Co == CO ;; Hz == HZ ;; k == K ;; 5 mL == 5 ML ;; I don't think it is 5 == 5 ;; Neither is 5 == 5
+Half of it is 5 == 5 ;; 12, so 13 == 12 ;; 12 cm, as well as 15 cm == 12 cm ;; no idea == no
+No answer == no ;; ≥5 == 5 ;; \le 5 == 5 ;; ≠5 == 5 ;; 5~6 == 5 ;; 5→6 == 5 ;; 5 ft 6 in == 5
+5 crores == 5 ;; C is incorrect == C ;; C (false) == C ;; A never == A ;; A, b == A
 """,
     CM: r"""
 B == C ;; B. 14 cm == C ;; C. 12 cm == C ;; 12 cm == C ;; B or C == C ;; B, C == C ;; not C == C
 C and D == C ;; 14 mm == C ;; 14 cm or 12 cm == C ;; Cat == C ;; A cm == A ;; I == C
 (A) (B) == A ;; A. B == B ;; E == C ;; neither A nor C == AC ;; A == 14 cm ;; B == C. 14 cm
 C. 16 cm == 14 cm ;; AB == AC ;; A, B, C == AC ;; A == AC ;; AC == A ;; ABCD == AC ;; C == B
-B and C == B ;; B/C == B ;; BC == B ;; A or B == B ;; Not B == B ;; B. 14 cm == B ;; B 14 cm == B
+A, so B == A ;; B and C == B ;; B/C == B ;; BC == B ;; A or B == B ;; Not B == B ;; B. 14 cm == B ;; B 14 cm == B
 C. 12 cm == B ;; Option C == B ;; 12 m == B ;; 14 cm == B ;; (A) or (B) == B ;; Both A and B == B
 All of them == B ;; None == B ;; B? or C? == B ;; A cat == A ;; Be careful == B
 B is not the answer == B ;; The answer is not B == B ;; 10 cm, 12 cm == B ;; it is not A == A

@@ -268,12 +268,13 @@ def loop_vppo(batch):
     dependency = []
     for row in contrasts_at_tokens(batch):
         dependency.append({t: min(k3_of(x), 10) for t, x in row.items()})
-    score = [fmean(row.values()) if row else 0.0 for row in dependency]
+    score = [fmean(row.values()) for row in dependency if row]
     share = [(x - min(score)) / (max(score) - min(score)) for x in score]
+    scales = [0.9 + 0.1 * x / fmean(share) for x in share]
     expected = []
-    for row, x in zip(dependency, share, strict=True):
+    for row in dependency:
         top = keys_of_largest(row, 0.4)
-        scale = 0.9 + 0.1 * x / fmean(share)
+        scale = scales.pop(0) if row else 1.0
         expected.append({t: scale if t in top else 0.0 for t in row})
     return expected
 

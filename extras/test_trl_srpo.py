@@ -282,6 +282,9 @@ def test_what_cannot_work_is_refused(folder, tmp_path, monkeypatch):
     sequence = {"importance_sampling_level": "sequence"}
     with pytest.raises(ValueError, match="importance_sampling_level.*cancel"):
         trained(ScriptedSRPO, folder, tmp_path / "a", config=sequence)
+    for options in ({"lam": 2}, {"corruption_p": 0}, {"weight_options": {"tau": 0}}):
+        with pytest.raises(ValueError):  # before anything is generated
+            trained(ScriptedSRPO, folder, tmp_path / "a", **options)
 
     def uncorrupted(patches, p, seed):
         return patches

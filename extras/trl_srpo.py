@@ -21,7 +21,7 @@ if __name__ == "__main__":
 
 import torch
 import trl
-from host import TAGS, corrupt_pixels, perception_contrasts, roles_of, weigh
+from host import TAGS, corrupt_patches, corrupt_pixels, perception_contrasts, roles_of, weigh
 from torch import Tensor
 from trl import GRPOTrainer
 
@@ -88,6 +88,10 @@ class SRPOTrainer(GRPOTrainer):
         self.corruption_p = corruption_p
         self.tags = tags
         self.weight_options = weight_options or {}
+        # Options that make no sense are refused now, and not after the first generation.
+        corrupt_patches(torch.ones(4, 3), corruption_p, seed=0)
+        one = torch.ones(1, 1)
+        weigh(one, one.long(), one, 0 * one, one, lam, **self.weight_options)
         self.arrived = False  # whether a corrupted image has ever changed a log-prob
 
     def _generate_and_score_completions(self, inputs):
