@@ -73,7 +73,8 @@ def loop_delta(logp, corrupted, blank, roles, delta_max=5.0):
             delta[t] = logp[t] - corrupted[t]  # step 2
         elif role == R:
             delta[t] = logp[t] - blank[t]  # step 3
-        delta[t] = min(max(delta[t], -delta_max), delta_max)  # step 4
+        if math.isfinite(delta[t]):  # what is not is left for step 9 to see
+            delta[t] = min(max(delta[t], -delta_max), delta_max)  # step 4
     return delta
 
 
@@ -135,8 +136,8 @@ def batch():
     rng = torch.Generator().manual_seed(0)
     logps = -3 * torch.rand(5, 12, 11, generator=rng, dtype=torch.float64)
     roles = torch.randint(0, 3, (12, 11), generator=rng)
-    roles[1] = O
-    roles[2] = P * (roles[2] > 0)
+    roles[1] = O  # a response without the form
+    roles[2] = P * (roles[2] > 0)  # one that perceives and does not reason
     lengths = torch.randint(5, 12, (12, 1), generator=rng)
     mask = torch.arange(11) < lengths
     return {
@@ -152,7 +153,7 @@ def batch():
 
 
 def delta_of(batch):
-    return contrast_scores(batch["logp"], batch["corrupted"], batch["blank"], batch["roles"])
+    return contrast_scores(batch["old_logp"], batch["corrupted"], batch["blank"], batch["roles"])
 
 
 def weights_of(batch, **options):
@@ -176,7 +177,7 @@ def test_tensors_equal_the_loops(batch):
         group = lists["rewards"][i // 4 * 4 : i // 4 * 4 + 4]
         roles = lists["roles"][i]
         length = sum(lists["mask"][i])
-        contexts = (lists["logp"][i], lists["corrupted"][i], lists["blank"][i])
+        contexts = (lists["old_logp"][i], lists["corrupted"][i], lists["blank"][i])
         near = {"abs": 1e-12}
         assert A[i].item() == pytest.approx(loop_advantages(group)[i % 4], **near)
         assert delta[i].tolist() == pytest.approx(loop_delta(*contexts, roles), **near)
@@ -253,7 +254,7 @@ def test_equal_contrasts_and_lambda_0_are_grpo(batch):
     one = torch.ones(12, 11, dtype=torch.float64)
     constant = torch.full_like(batch["logp"], 0.3)
     assert torch.allclose(token_weights(constant, batch["roles"]), one)
-    nothing_removed = {**batch, "corrupted": batch["logp"], "blank": batch["logp"]}
+    nothing_removed = {**batch, "corrupted": batch["old_logp"], "blank": batch["old_logp"]}
     assert torch.equal(weights_of(nothing_removed), one)
 
     A = group_advantages(batch["rewards"].float(), 4)
@@ -265,7 +266,7 @@ def test_equal_contrasts_and_lambda_0_are_grpo(batch):
     assert torch.equal(srpo_loss, grpo_loss)
 
 
-def test_weights_under_shift_scale_and_heat_and_in_order(batch):
+def test_weights_depend_on_differences_of_contrasts_alone_and_keep_their_order(batch):
     roles = batch["roles"]
     rng = torch.Generator().manual_seed(1)
     scores = 0.1 * torch.randn(12, 11, dtype=torch.float64, generator=rng)
@@ -278,10 +279,10 @@ def test_weights_under_shift_scale_and_heat_and_in_order(batch):
     assert torch.equal(scores[0, scored].argsort(), w[0, scored].argsort())
 
 
-def test_weights_stay_within_their_limits(batch):
+def test_normalized_weights_lie_within_w_min_over_w_max_and_its_inverse(batch):
     wild = token_weights(1000 * delta_of(batch), batch["roles"], w_min=0.5, w_max=2.0)
-    assert 0.25 <= wild.min() < 0.5
-    assert 1.5 < wild.max() <= 4
+    assert 0.5 / 2 <= wild.min() < 0.5
+    assert 1.5 < wild.max() <= 2 / 0.5
 
 
 def test_no_gradient_flows_through_weights_and_no_input_is_changed(batch):
@@ -387,6 +388,9 @@ def test_a_contrast_that_is_not_finite_makes_its_response_grpo(batch, bad, conte
     assert delta[0, t].isnan()
     assert delta.isnan().sum() == 1
     assert (w[0] == 1).all()
+    contexts = [broken[name][0].tolist() for name in ("old_logp", "corrupted", "blank")]
+    roles = batch["roles"][0].tolist()
+    assert loop_weights(loop_delta(*contexts, roles), roles) == [1.0] * 11
     assert torch.equal(w[1:], weights_of(batch)[1:])
     assert (role_aware_advantages(A, w)[0] == A[0]).all()
 
@@ -413,11 +417,24 @@ def test_overflowing_ratios_stay_finite(advantage):
     assert logp.grad.isfinite().all()
 
 
-def test_half_precision_is_computed_in_float32_and_masks_may_have_any_dtype(batch):
-    half = {}
-    for name, x in batch.items():
-        half[name] = x.bfloat16() if x.is_floating_point() else x
+def in_bfloat16(batch):
+    half = dict(batch)
+    for name in ("logp", "old_logp", "corrupted", "blank", "ref_logp"):
+        half[name] = batch[name].bfloat16()
+    return half
+
+
+def test_half_precision_is_computed_in_float32(batch):
+    half = in_bfloat16(batch)
+    same_numbers = dict(batch)
+    for name in ("old_logp", "corrupted", "blank"):
+        same_numbers[name] = half[name].float()
     assert weights_of(half).dtype == torch.float32
+    assert torch.equal(weights_of(half), weights_of(same_numbers))
+
+
+def test_masks_may_have_any_dtype(batch):
+    half = in_bfloat16(batch)
     A = group_advantages(batch["rewards"], 4)
     losses = []
     for dtype in (torch.bool, torch.long, torch.float):
@@ -1385,6 +1402,60 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path):
     assert same_weights(*policies)
 
 
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+def test_a_step_equals_the_method_written_out(kl_coef, tmp_path):
+    """All responses at once, and none left out: the shortcuts of the loop change nothing."""
+    options = [*ONE, "--temperature", 0.7, "--kl-coef", kl_coef, "--inner-epochs", 2]
+    options += ["--micro-batch", 3, "--lr", 1e-3, "--clip-low", 0.01, "--clip-high", 0.02]
+    _, (record,) = run(tmp_path / "out", *options)
+
+    args = train.resolve_options([str(word) for word in options])
+    task = train.drawn_task(args)
+    policy = train.load_policy(args, train.warmed_up(args, train.Run(tmp_path), task))
+    parameters = train.trainable(policy, args)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    examples = task.train_batch(0, 4)
+    prompts = policy.encode(examples)
+    corrupted_prompts = policy.encode(train.corrupted_copies(examples, policy, args, step=1))
+    rng = train.generator(args, step=1)
+    rollout = policy.sample(prompts, 4, max_new_tokens=48, temperature=0.7, generator=rng)
+    responses = policy.decode(rollout)
+    roles = train.response_roles(responses, rollout)
+    rewards = []
+    for (text, _), i in zip(responses, rollout.prompt.tolist(), strict=True):
+        rewards.append(data.verify(text, examples[i]).reward)
+    A = group_advantages(rewards, 4)
+    assert (A == 0).any()  # the loop leaves these out where there is no KL term
+    with torch.no_grad():
+        old_logp = policy.log_probs(prompts, rollout, 0.7)
+        logp_corrupted = policy.log_probs(corrupted_prompts, rollout, 0.7)
+        visible = without_perception(rollout.mask, roles)
+        logp_blank = policy.log_probs(prompts, rollout, 0.7, visible)
+    delta = contrast_scores(old_logp, logp_corrupted, logp_blank, roles)
+    A_hat = role_aware_advantages(A, token_weights(delta, roles))
+
+    means = {"loss": 0.0, "kl": 0.0, "clip_frac": 0.0}
+    for _ in range(2):
+        logp = policy.log_probs(prompts, rollout, 0.7)
+        clip = {"clip_low": 0.01, "clip_high": 0.02}
+        loss, stats = policy_loss(logp, old_logp, A_hat, rollout.mask, **clip)
+        kl = kl_to_reference(logp, old_logp, rollout.mask)  # the reference is what sampled
+        loss = loss + kl_coef * kl
+        optimizer.zero_grad()
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+        optimizer.step()
+        means["loss"] += loss.item() / 2
+        means["kl"] += kl.item() / 2
+        means["clip_frac"] += stats["clip_frac"].item() / 2
+    assert means["clip_frac"] > 0.05
+    if kl_coef == 0:
+        assert record["kl"] is None
+        del means["kl"]
+    for name, expected in {**means, "grad_norm": grad_norm}.items():
+        assert record[name] == pytest.approx(expected, rel=1e-3, abs=1e-5), name
+
+
 def test_micro_batches_do_not_change_a_step(tmp_path):
     _, (whole,) = run(tmp_path / "whole", *ONE, "--micro-batch", 999)
     _, (split,) = run(tmp_path / "split", *ONE, "--micro-batch", 3)
@@ -1588,11 +1659,7 @@ def test_options_left_out_have_the_values_of_their_kind_of_model(
         assert getattr(args, name) == value, name
 
 
-def test_the_presets_are_those_that_the_readme_and_help_name():
-    assert train.TINY["max_new_tokens"] == 48
-    assert train.REAL["max_new_tokens"] == train.REAL_LORA["max_new_tokens"] == 512
-    assert train.REAL["lr"] == 1e-6
-    assert train.REAL_LORA["lr"] == 1e-5
+def test_the_help_names_the_presets():
     help_text = " ".join(train.build_parser().format_help().split())
     assert "longest response (tiny: 48, a real model: 512)" in help_text
     assert "(tiny: 0.0001, a real model: 1e-06, with --lora: 1e-05)" in help_text

@@ -183,7 +183,8 @@ B == C ;; B. 14 cm == C ;; C. 12 cm == C ;; 12 cm == C ;; B or C == C ;; B, C ==
 C and D == C ;; 14 mm == C ;; 14 cm or 12 cm == C ;; Cat == C ;; A cm == A ;; I == C
 (A) (B) == A ;; A. B == B ;; E == C ;; neither A nor C == AC ;; A == 14 cm ;; B == C. 14 cm
 C. 16 cm == 14 cm ;; AB == AC ;; A, B, C == AC ;; A == AC ;; AC == A ;; ABCD == AC ;; C == B
-A, so B == A ;; B and C == B ;; B/C == B ;; BC == B ;; A or B == B ;; Not B == B ;; B. 14 cm == B ;; B 14 cm == B
+A, so B == A
+B and C == B ;; B/C == B ;; BC == B ;; A or B == B ;; Not B == B ;; B. 14 cm == B ;; B 14 cm == B
 C. 12 cm == B ;; Option C == B ;; 12 m == B ;; 14 cm == B ;; (A) or (B) == B ;; Both A and B == B
 All of them == B ;; None == B ;; B? or C? == B ;; A cat == A ;; Be careful == B
 B is not the answer == B ;; The answer is not B == B ;; 10 cm, 12 cm == B ;; it is not A == A

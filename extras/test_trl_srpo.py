@@ -284,7 +284,7 @@ def test_what_cannot_work_is_refused(folder, tmp_path, monkeypatch):
         trained(ScriptedSRPO, folder, tmp_path / "a", config=sequence)
     for options in ({"lam": 2}, {"corruption_p": 0}, {"weight_options": {"tau": 0}}):
         with pytest.raises(ValueError):  # before anything is generated
-            trained(ScriptedSRPO, folder, tmp_path / "a", **options)
+            trained(ScriptedSRPO, folder, tmp_path / "a", options=options)
 
     def uncorrupted(patches, p, seed):
         return patches
