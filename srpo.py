@@ -207,6 +207,8 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Step 8, the clipped surrogate, as a loss to minimize. For the KL term: `kl_to_reference`.
 
+    A ratio beyond e^20 counts as e^20, without gradient: it could overflow, and inf * 0 is NaN.
+
     Args:
         logp: [B, T], of the policy in training, with gradient.
         old_logp: [B, T], of the policy that sampled.
@@ -229,7 +231,7 @@ def policy_loss(
     A_hat = A_hat.masked_fill(~is_response, 0)  # [B, T]; padding may hold anything
     log_rho = _at_least_float32(logp) - _at_least_float32(old_logp.detach())
     log_rho = log_rho.masked_fill(~is_response, 0)
-    rho = log_rho.clamp(-20, 20).exp()  # [B, T]; unclamped it can overflow, and inf * 0 is NaN
+    rho = log_rho.clamp(-20, 20).exp()  # [B, T]
     unclipped = rho * A_hat
     clipped = rho.clamp(1 - clip_low, 1 + clip_high) * A_hat
     objective = torch.minimum(unclipped, clipped)  # [B, T], step 8; 0 at padding

@@ -243,9 +243,9 @@ walk.print_kinds(found)
 #
 # > "while preserving the original GRPO reward and optimization direction"
 #
-# $$\hat A_t = A\,((1 - \lambda) + \lambda w_t) \qquad \text{(step 7)}$$
+# $$\hat A_t = A\,\operatorname{sg}[(1 - \lambda) + \lambda w_t] \qquad \text{(step 7)}$$
 #
-# The brackets limit the exponent to the two logarithms. By default τ = 1, the limits are 0.8 and 1.2, and λ = 1. First
+# The brackets limit the exponent to the two logarithms, and sg lets no gradient through. By default τ = 1, the limits are 0.8 and 1.2, and λ = 1. First
 # by hand, with made-up log-probs: a right response, without its tags, in a group with the rewards 1 and 0.
 
 # %%
@@ -332,8 +332,9 @@ display(pictures.intervals(rows, "contrast in nats: 5 %, median, 95 % of the tok
 # is less left to learn.
 #
 # **In the paper, look for** exactly this: over what the baseline is a mean; whether contrasts are standardized first;
-# which limits and which τ; how the mean weights of the two roles develop in training (here they are logged as
-# `w_perception` and `w_reasoning`); and how well the models perceived at the start.
+# which limits and which τ; whether the weights are normalized, and to what; how the mean weights of the two roles
+# develop in training (here they are logged as `w_perception` and `w_reasoning`); and how well the models perceived at
+# the start.
 #
 # ## 6. The loss (step 8)
 #
@@ -489,17 +490,18 @@ for condition in ("srpo", "range-0.5-2", "shuffled"):
 # | 1 | whether A is divided by the standard deviation, and by which; how large a group is | the sample one; 8 | `group_advantages`, `--group-size` |
 # | 1 | what the reward gives for the form alone | 0.1, in sixths for each tag in place | `--reward` |
 # | 2 | which corruption, how strong, of patches or of visual tokens, how often drawn | patches of the vision encoder masked, p = 0.6, once per prompt and step | `--corruption`, `--corruption-p` |
-# | 2 | what is made of the two probabilities | the log-ratio of the sampled token | `--weights extras/readings.py:k3`, `:absolute` |
+# | 2 | what is made of the two probabilities; or of the two distributions over all tokens | the log-ratio of the sampled token | `--weights extras/readings.py:k3`, `:absolute` |
 # | 3 | whether the perception is removed, masked or replaced, and with which image | its text is hidden, with the original image | `without_perception` |
 # | 3 | what the tags are called; whether the answer counts as reasoning | `Tags`; it has no role | `token_roles` |
 # | 4 | whether contrasts are clamped | at 5 nats | `contrast_scores(..., max_abs=)` |
-# | 5 | what is shared: a mean over tokens, over roles, over the group | the mean over all scored tokens | `--weights extras/readings.py:role_balanced` |
+# | 5 | what is shared: a mean over tokens or over roles, a median, a mean of exponentials, over the response or the group | the mean over all scored tokens | `--weights extras/readings.py:role_balanced` |
 # | 5 | whether contrasts are standardized first | no | `--weights extras/readings.py:standardized`, `:role_standardized` |
-# | 6 | exponential, sigmoid or softmax; which limits and τ; mean or sum kept | exponential, [0.8, 1.2], τ = 1, mean 1 | `--tau`, `--w-min`, `--w-max`, `token_weights` |
+# | 6 | exponential, sigmoid or softmax; which limits and τ | exponential, [0.8, 1.2] as in RLSD, τ = 1 | `--tau`, `--w-min`, `--w-max`, `--weights extras/readings.py:softmax` |
+# | 6 | whether weights are normalized, and what is kept: the mean of each response, the sum | yes, mean 1 over the scored tokens | `--weights extras/readings.py:unnormalized` |
 # | 6 | how the mean weights of the roles develop in training | logged: `w_perception`, `w_reasoning` | |
 # | 7 | whether the emphasis turns round for A < 0; whether w is mixed with 1 | no; no | `--weights extras/readings.py:sign_aware`, `--lam` |
 # | 8 | over what the loss is averaged; clip range; KL; inner epochs | all tokens of the step; 0.2, which acts from the second inner epoch on; none; 1 | `policy_loss(..., denominator=)`, `--clip-low`, `--clip-high`, `--kl-coef`, `--inner-epochs` |
-# | 9 | what happens to malformed responses, and to a `<think>` block in front | they are trained as in GRPO; it makes one malformed, since it could carry the perception past step 3 | last lines of `token_weights` |
+# | 9 | what happens to malformed responses, and to text outside the blocks, such as a `<think>` block in front | they are trained as in GRPO; any such text makes one malformed, since it could carry the perception past step 3 | `parse_response`, last lines of `token_weights` |
 # | results | how many seeds, with which spread; whether GRPO had the same reward, form and steps; a control with shuffled weights; accuracy or grounding; how well the models perceived at the start | section 8 | `extras/study.py` |
 #
 # A function for `--weights` takes the three log-probs, the roles and A, then keywords (`tau`, `w_min`, `w_max`,
