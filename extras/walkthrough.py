@@ -245,8 +245,9 @@ walk.print_kinds(found)
 #
 # $$\hat A_t = A\,\operatorname{sg}[(1 - \lambda) + \lambda w_t] \qquad \text{(step 7)}$$
 #
-# The brackets limit the exponent to the two logarithms, and sg lets no gradient through. By default τ = 1, the limits are 0.8 and 1.2, and λ = 1. First
-# by hand, with made-up log-probs: a right response, without its tags, in a group with the rewards 1 and 0.
+# The brackets limit the exponent to the two logarithms, and sg lets no gradient through. By default τ = 1, the limits
+# are 0.8 and 1.2, and λ = 1. First by hand, with made-up log-probs: a right response, without its tags, in a group with
+# the rewards 1 and 0.
 
 # %%
 show("step 5", srpo.shared_baseline)
