@@ -174,7 +174,8 @@ def test_tensors_equal_the_loops(batch):
     J = 0.0
     kl_sum = 0.0
     for i in range(12):
-        group = lists["rewards"][i // 4 * 4 : i // 4 * 4 + 4]
+        first = i // 4 * 4  # of the group
+        group = lists["rewards"][first : first + 4]
         roles = lists["roles"][i]
         length = sum(lists["mask"][i])
         contexts = (lists["old_logp"][i], lists["corrupted"][i], lists["blank"][i])
@@ -336,8 +337,9 @@ def test_micro_batches_and_other_rows_do_not_matter(batch):
         loss, _ = policy_loss(*rows, denominator=batch["mask"].sum())
         parts = parts + loss
     assert torch.allclose(parts, whole)
-    alone = {name: x[3:4] for name, x in batch.items()}
-    assert torch.equal(weights_of(alone), w[3:4])
+    alone = {name: x[4:5] for name, x in batch.items()}
+    assert (w[4] != 1).any()
+    assert torch.equal(weights_of(alone), w[4:5])
 
 
 @pytest.mark.parametrize("pad", [(3, 0), (0, 3)], ids=["left", "right"])
@@ -361,11 +363,12 @@ def test_padding_may_hold_anything_on_either_side(batch, pad):
     assert logp.grad.isfinite().all()
 
 
-def test_a_response_without_both_roles_has_weight_1(batch):
-    w = weights_of(batch)
-    assert (w[1] == 1).all()
-    assert (w[2] == 1).all()
-    assert (w[0] != 1).any()
+def test_a_response_without_both_roles_has_weight_1():
+    delta = torch.tensor([[1.0, -1.0], [1.0, -1.0], [1.0, -1.0], [1.0, -1.0]])
+    roles = torch.tensor([[O, O], [P, P], [R, R], [P, R]])
+    w = token_weights(delta, roles)
+    assert (w[:3] == 1).all()
+    assert (w[3] != 1).all()
 
 
 def test_an_empty_mask_gives_zeros():

@@ -2,12 +2,12 @@
 `compute_advantage`, add
 
     from easyr1_srpo import role_aware
-    A_hat = role_aware(batch, self.actor_rollout_wg, self.tokenizer, self.global_step)
+    A_hat = role_aware(batch, self.actor_rollout_ref_wg, self.tokenizer, self.global_step)
     batch.batch["advantages"] = A_hat
 
-Copy this file, host.py, srpo.py and corrupt.py to where Python finds them. Written against EasyR1
-at commit 26dfd97; other versions may name the workers otherwise. EasyR1 is not on PyPI, so the test
-runs on stand-ins that behave as its batch and workers do.
+Copy this file, host.py, srpo.py and corrupt.py to where Python finds them. Written for EasyR1
+v0.3.2; other versions may name the workers otherwise. EasyR1 is not on PyPI, so the test runs on
+stand-ins that behave as its batch and workers do.
 """
 
 import copy
@@ -66,6 +66,8 @@ def role_aware(
     check_fields(batch)
     b = batch.batch
     images_and_more = batch.non_tensor_batch["multi_modal_data"]
+    if any("image" in data for data in images_and_more):  # all would count as without one
+        raise KeyError('this EasyR1 keeps images under "image", not "images"; take v0.3.2')
     has_image = [bool(data.get("images")) for data in images_and_more]
     roles = roles_of(b["responses"], b["response_mask"], has_image, tokenizer)  # [B, T]
     # The workers still have the pixels of this batch, so what needs the same ones is scored first.
@@ -89,7 +91,7 @@ def check_fields(batch) -> None:
     missing = [name for name in NEEDED if name not in present]
     if missing:
         lacks = f"this batch lacks {', '.join(missing)}"
-        raise KeyError(f"easyr1_srpo.py was written for EasyR1 at 26dfd97; {lacks}")
+        raise KeyError(f"easyr1_srpo.py was written for EasyR1 v0.3.2; {lacks}")
 
 
 def changed(batch, tensors: dict, columns: dict):
@@ -135,7 +137,11 @@ def corrupted(batch, step: int, p: float):
             images = [resized(opened(image), low, high) for image in old[row]["images"]]
             images = [corrupt(image, "patch", patch=28, p=p, seed=seed) for image in images]
             new[row]["images"] = images
-    return changed(batch, {}, {"multi_modal_data": new, "uid": uids + " corrupted"})
+    new_batch = changed(batch, {}, {"multi_modal_data": new, "uid": uids + " corrupted"})
+    # They have their size; rounding could put it below the limits, and it would be changed again.
+    no_limits = {"min_pixels": None, "max_pixels": None}
+    new_batch.meta_info = {**batch.meta_info, **no_limits}
+    return new_batch
 
 
 def pixel_limit(meta_info: dict, end: str) -> int | None:

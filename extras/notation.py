@@ -196,7 +196,7 @@ CURRENCY = re.compile(r"([-+]?)(US\$|USD|EUR|GBP|[$€£¥]) ?([\d.].*)")
 EXPONENT = r"(?<! )\^?\{?-?[1-9]\}?(?![\d/])"
 UNIT = re.compile(rf" ?[^\W\d_°%$€£¥¢]?(?:[^\W\d_]|[°%$€£¥¢ ./*·]|{EXPONENT})*")
 NOT_A_UNIT = re.compile(
-    r"(?:halve|quarter|third|\w+th|ten|dozen|hundred|thousand|crore|lakh|score|pair|\w+illion)s?$"
+    r"(?:halve|quarter|third|\w+th|ten|dozen|hundred|thousand|crore|lakh|score|pair|plu|minu|half|\w+illion)s?$"
 )
 ONES = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "

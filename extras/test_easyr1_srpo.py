@@ -343,8 +343,23 @@ def test_renamed_fields_are_named(case):
     other = copy.copy(batch)
     other.batch = Batch(batch.batch)
     del other.batch["old_log_probs"]
-    with pytest.raises(KeyError, match="26dfd97; this batch lacks old_log_probs"):
+    with pytest.raises(KeyError, match="v0.3.2; this batch lacks old_log_probs"):
         easyr1_srpo.role_aware(other, workers, policy.tokenizer, step=3)
+
+
+def test_images_under_another_name_are_not_taken_for_none(case):
+    policy, _, _, batch, workers = case
+    columns = [{"image": data["images"]} for data in batch.non_tensor_batch["multi_modal_data"]]
+    other = easyr1_srpo.changed(batch, {}, {"multi_modal_data": columns})
+    with pytest.raises(KeyError, match="take v0.3.2"):
+        easyr1_srpo.role_aware(other, workers, policy.tokenizer, step=3)
+
+
+def test_corrupted_images_are_not_resized_again(case):
+    _, _, _, batch, _ = case
+    meta_info = easyr1_srpo.corrupted(batch, step=3, p=0.6).meta_info
+    assert meta_info["min_pixels"] is None
+    assert meta_info["max_pixels"] is None
 
 
 def test_the_readmes_patch_is_the_one_documented(case):
@@ -353,7 +368,9 @@ def test_the_readmes_patch_is_the_one_documented(case):
     blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     patches = [textwrap.dedent(block) for block in blocks if "easyr1_srpo" in block]
     assert textwrap.indent(patches[0], "    ") in easyr1_srpo.__doc__
-    trainer = SimpleNamespace(actor_rollout_wg=workers, tokenizer=policy.tokenizer, global_step=3)
+    trainer = SimpleNamespace(
+        actor_rollout_ref_wg=workers, tokenizer=policy.tokenizer, global_step=3
+    )
     mine = easyr1_srpo.changed(batch, {}, {})
     exec(patches[0], {"batch": mine, "self": trainer})
     wanted = easyr1_srpo.role_aware(batch, workers, policy.tokenizer, step=3)

@@ -134,6 +134,8 @@ class SRPOTrainer(GRPOTrainer):
         logp = self.score(batch, mask)  # [B, T]
         logp_corrupted = self.score(batch, mask, corrupted_pixels)
         logp_blank = self.score(batch, without_perception(mask, roles))
+        if "tool_mask" in batch:  # the trainer leaves these tokens out of the loss
+            roles = roles.masked_fill(batch["tool_mask"] == 0, Role.OTHER)
         A_hat, w, delta = weigh(
             A,
             roles,

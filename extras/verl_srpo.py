@@ -32,7 +32,7 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl.workers.utils.padding import response_from_nested
 
-from srpo import without_perception
+from srpo import Role, without_perception
 
 # What is read of every response; the changed copies of it that are scored have the same.
 FIELDS = (
@@ -85,6 +85,8 @@ class SRPOTrainer(PPOTrainerSync):
         roles = self._roles(rows)  # [B, T]
         logp_corrupted = self._score_corrupted(batch, rows, roles, corruption_p)  # [B, T]
         logp_blank = self._score_blank(batch, rows, roles)  # [B, T]
+        trained = pad(row["response_mask"] for row in rows)  # 0 at tokens of tools
+        roles = roles.masked_fill(trained == 0, Role.OTHER)
         A_hat, _, _ = weigh(A, roles, logp, logp_corrupted, logp_blank, lam, **weight_options)
 
         metrics["srpo/weight_std"] = 0.0

@@ -196,8 +196,8 @@ display(pictures.two_contexts(texts, roles, sampled, compared, title))
 
 # %% [markdown]
 # The longer a bar, the more the token needs what was taken away. Where the cross lies below the black dot, the contrast
-# is positive; where it lies above, the word had been *more* likely under the corrupted image. In the
-# reasoning, the words that say how the list goes on need the perception most: the names of the cells here, `so`, which
+# is positive; where it lies above, the word had been *more* likely under the corrupted image, or without the
+# perception. In the reasoning, the words that say how the list goes on need the perception most: the names of the cells here, `so`, which
 # ends the list, and the result. A color behind the name of its cell needs it little.
 #
 # Both passes run without gradient. On two cores of a CPU they make a step 1.20 times as long as GRPO's with 36 visual
@@ -329,7 +329,7 @@ display(pictures.intervals(rows, "contrast in nats: 5 %, median, 95 % of the tok
 # perception is not grounded, the shared baseline takes credit *from* it, the opposite of what the method is for. Once
 # the model sees, a few words of the perception, those that the image decides, reach 5 nats, and the mean weight of the
 # perception rises from 0.89 to 0.97; most other words still lie near 0. And in all three models weights above 1 go to
-# tokens of which the policy is more certain already (their entropy is half to two thirds of the others'), where there
+# tokens of which the policy is more certain already (their entropy is two fifths to two thirds of the others'), where there
 # is less left to learn.
 #
 # **In the paper, look for** exactly this: over what the baseline is a mean; whether contrasts are standardized first;
@@ -396,8 +396,8 @@ for epoch in range(1, 6):
 display(pictures.surrogate((0.8, 1.0, 1.2), clip=0.2))
 
 # %% [markdown]
-# **In the paper, look for** over what the loss is averaged (here: all response tokens of the step), the clip range, a
-# KL term, and the number of inner epochs.
+# **In the paper, look for** over what the loss is averaged (in training: all response tokens of the step, also those of
+# responses without advantage), the clip range, a KL term, and the number of inner epochs.
 #
 # ## 7. Change the reading
 #
@@ -492,7 +492,7 @@ for condition in ("srpo", "range-0.5-2", "shuffled"):
 # | 1 | what the reward gives for the form alone | 0.1, in sixths for each tag in place | `--reward` |
 # | 2 | which corruption, how strong, of patches or of visual tokens, how often drawn | patches of the vision encoder masked, p = 0.6, once per prompt and step | `--corruption`, `--corruption-p` |
 # | 2 | what is made of the two probabilities; or of the two distributions over all tokens | the log-ratio of the sampled token | `--weights extras/readings.py:k3`, `:absolute` |
-# | 3 | whether the perception is removed, masked or replaced, and with which image | its text is hidden, with the original image | `without_perception` |
+# | 3 | whether the perception is removed, masked or replaced, and with which image | its text is hidden, with the original image | `without_perception`; the prompts that `score` is given in `train` |
 # | 3 | what the tags are called; whether the answer counts as reasoning | `Tags`; it has no role | `token_roles` |
 # | 4 | whether contrasts are clamped | at 5 nats | `contrast_scores(..., max_abs=)` |
 # | 5 | what is shared: a mean over tokens or over roles, a median, a mean of exponentials, over the response or the group | the mean over all scored tokens | `--weights extras/readings.py:role_balanced` |
