@@ -278,6 +278,27 @@ def test_scores_are_without_dropout_and_training_goes_on_with_it(folder, tmp_pat
     assert modes == [False, False, False, True]
 
 
+def test_tokens_that_a_tool_wrote_have_no_weight(folder, tmp_path):
+    found = []
+
+    class WithTools(ScriptedSRPO):
+        def role_aware(self, batch):
+            plain = super().role_aware(batch)
+            batch["tool_mask"] = batch["completion_mask"].clone()
+            batch["tool_mask"][:, 3:6] = 0
+            A_hat = super().role_aware(batch)
+            used = batch["advantages"] != 0
+            A = batch["advantages"][used, None]
+            found.append((plain[used] / A, A_hat[used] / A))
+            return A_hat
+
+    trained(WithTools, folder, tmp_path, steps=1)
+    ((w_without, w),) = found
+    assert (w_without[:, 3:6] != 1).any()
+    assert torch.allclose(w[:, 3:6], torch.ones(len(w), 3))
+    assert torch.allclose(w.mean(dim=1), torch.ones(len(w)))  # the tokens that are trained, too
+
+
 def test_what_cannot_work_is_refused(folder, tmp_path, monkeypatch):
     sequence = {"importance_sampling_level": "sequence"}
     with pytest.raises(ValueError, match="importance_sampling_level.*cancel"):
