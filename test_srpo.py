@@ -433,7 +433,7 @@ def test_half_precision_is_computed_in_float32(batch):
     for name in ("old_logp", "corrupted", "blank"):
         same_numbers[name] = half[name].float()
     assert weights_of(half).dtype == torch.float32
-    assert torch.equal(weights_of(half), weights_of(same_numbers))
+    assert torch.equal(delta_of(half), delta_of(same_numbers))
 
 
 def test_masks_may_have_any_dtype(batch):
