@@ -468,9 +468,11 @@ class OwnTask:
     def train_batch(self, step: int, n: int) -> list[Example]:
         """Batch `step` of an endless stream; each epoch is a permutation of all rows."""
         examples = []
+        order = None
         for position in range(step * n, (step + 1) * n):
             epoch, index = divmod(position, len(self.train_rows))
-            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.train_rows))
+            if order is None or index == 0:  # of the epoch that begins
+                order = np.random.default_rng((self.seed, epoch)).permutation(len(self.train_rows))
             example, _ = self._load(*self.train_rows[order[index]])
             examples.append(example)
         return examples

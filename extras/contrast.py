@@ -48,10 +48,6 @@ from data import CELLS, COLORS, SHAPES, Example, InputError  # noqa: E402
 from srpo import Role, contrast_scores, parse_response, shared_baseline  # noqa: E402
 
 LABELS = ("seen", "asked", "true", "needed")
-# Those of train.py that have a part in what is measured here.
-OPTIONS = "--model --task --reward --device --dtype --seed --corruption-p --tau --w-min --w-max"
-OPTIONS += " --weights --group-size --temperature --max-new-tokens --micro-batch --max-pixels"
-OPTIONS += " --warmup-steps --warmup-lr --warmup-noise --image-size"
 COPULA = r"\W+(?:(?:is|has|a|an|the)\W+)*"  # as `parse_facts` reads a sentence
 FACT = rf"\b({'|'.join(CELLS)}){COPULA}({'|'.join(COLORS)})\W+({'|'.join(SHAPES)})\b"
 FACT = re.compile(FACT, re.IGNORECASE)
@@ -248,7 +244,7 @@ def options(argv: list[str]) -> tuple[argparse.Namespace, int | None]:
     parser = train.Parser(
         allow_abbrev=False,
         description="Is the contrast informative? How well it ranks tokens.",
-        epilog=f"And of train.py: {OPTIONS}",
+        epilog=f"And of train.py: {credit.OPTIONS}",
     )
     count = train.number(int, 1, 10**6)
     parser.add_argument("--prompts", type=count, default=32, help="questions (default: 32)")
@@ -258,16 +254,9 @@ def options(argv: list[str]) -> tuple[argparse.Namespace, int | None]:
     mine, others = parser.parse_known_args(argv)
     if any(word.split("=")[0] == "--data" for word in others):
         raise InputError("--data: only drawn tasks have a scene to measure against")
-    args = credit.resolve_options(["--device", "cpu", *others], OPTIONS, "contrast.py")
+    args = credit.resolve_options(["--device", "cpu", *others], credit.OPTIONS, "contrast.py")
     args.prompts = mine.prompts
     return args, mine.draws
-
-
-def load(args) -> model.Policy:
-    """The tiny model, warmed up, or any other that has learned the drawn task."""
-    if args.model == "tiny":
-        return credit.warmed_up(args)
-    return train.load_policy(args, args.model)
 
 
 def show(table, title: str) -> None:
@@ -287,7 +276,7 @@ def measure(argv: list[str] | None) -> None:
     args, draws = options(argv)
     train.build_weigh(args)  # one that fails does so now
     train.build_judge(args)
-    policy = load(args)
+    policy = credit.load(args)
     examples = train.build_task(args).draw(args.prompts, (args.seed, 0, 5), held_out=False)
     batch = credit.sample(policy, examples, args, step=1)
     print(f"{args.task}, seed {args.seed}")

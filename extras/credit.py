@@ -6,7 +6,6 @@ what is trained. The loop leaves responses without advantage out; here they stay
 
 import argparse
 import json
-import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +25,11 @@ from srpo import (  # noqa: E402
     role_aware_advantages,
     without_perception,
 )
+
+# Options of train.py that have a part in what contrast.py and distribution.py measure.
+OPTIONS = "--model --task --reward --device --dtype --seed --corruption-p --tau --w-min --w-max"
+OPTIONS += " --weights --group-size --temperature --max-new-tokens --micro-batch --max-pixels"
+OPTIONS += " --warmup-steps --warmup-lr --warmup-noise --image-size"
 
 
 @dataclass
@@ -125,11 +129,10 @@ def finished(folder: Path) -> tuple[argparse.Namespace, model.Policy, int]:
     if checkpoint is None:
         raise InputError(f"{folder}: holds no checkpoint, so nothing can be sampled")
     known = vars(train.build_parser().parse_args([]))
-    if not {*known, "cwd"} <= set(options):
+    if not set(known) <= set(options):
         raise InputError(f"{folder}: made by an earlier version, so nothing can be sampled")
     args = argparse.Namespace(**options)
-    if Path(args.cwd).is_dir():
-        os.chdir(args.cwd)  # where the relative paths among the options begin
+    train.Run(folder).argv()  # changes the working folder
     if not torch.cuda.is_available():
         args.device = "cpu"
     transformers.utils.logging.disable_progress_bar()
@@ -157,6 +160,13 @@ def read_options(folder: Path) -> dict:
         return options
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: not the folder of a run of train.py ({error})") from None
+
+
+def load(args) -> model.Policy:
+    """The policy to measure: the tiny model after its warm-up, or any other as it is."""
+    if args.model == "tiny":
+        return warmed_up(args)
+    return train.load_policy(args, args.model)
 
 
 def warmed_up(args) -> model.Policy:

@@ -53,11 +53,7 @@ REAL_135M_SEEING = {
     "entropy where w > 1": 0.11,
     "entropy where w < 1": 0.17,
 }
-# Those of train.py that have a part in what is measured here.
-OPTIONS = "--model --data --system --task --reward --device --dtype --seed --corruption"
-OPTIONS += " --corruption-p --tau --w-min --w-max --weights --group-size --temperature"
-OPTIONS += " --max-new-tokens --micro-batch --max-pixels --warmup-steps --warmup-lr --warmup-noise"
-OPTIONS += " --image-size"
+OPTIONS = f"{credit.OPTIONS} --data --system --corruption"
 ROLES = {"perception": Role.PERCEPTION, "reasoning": Role.REASONING}
 
 
@@ -113,10 +109,7 @@ def measure(argv: list[str] | None) -> None:
     args = credit.resolve_options(others, OPTIONS, "distribution.py")
     args.prompts = mine.prompts
     train.build_weigh(args)  # one that fails does so now
-    if args.model == "tiny":
-        policy = credit.warmed_up(args)
-    else:
-        policy = train.load_policy(args, args.model)
+    policy = credit.load(args)
     examples = train.build_task(args).train_batch(0, args.prompts)
     batch = credit.sample(policy, examples, args, step=1)
     logp_corrupted = credit.corrupted_log_probs(policy, batch, args, step=1)

@@ -196,7 +196,8 @@ CURRENCY = re.compile(r"([-+]?)(US\$|USD|EUR|GBP|[$€£¥]) ?([\d.].*)")
 EXPONENT = r"(?<! )\^?\{?-?[1-9]\}?(?![\d/])"
 UNIT = re.compile(rf" ?[^\W\d_°%$€£¥¢]?(?:[^\W\d_]|[°%$€£¥¢ ./*·]|{EXPONENT})*")
 NOT_A_UNIT = re.compile(
-    r"(?:halve|quarter|third|\w+th|ten|dozen|hundred|thousand|crore|lakh|score|pair|plu|minu|half|\w+illion)s?$"
+    r"(?:half|halve|quarter|third|\w+th|ten|dozen|hundred|thousand|\w+illion|crore|lakh|score|pair"
+    r"|plus?|minus?)s?$"
 )
 ONES = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
