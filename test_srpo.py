@@ -1365,7 +1365,7 @@ def test_a_run_ends_with_a_summary(tmp_path, capsys):
 
 def test_the_warm_up_trains_the_vision_tower_too(tmp_path):
     args = train.resolve_options(["--device", "cpu", "--warmup-steps", "2"])
-    warm = model.load(train.warmed_up(args, train.Run(tmp_path), train.drawn_task(args)))
+    warm = model.load(train.warmed_up(args, train.Run(tmp_path)))
     cold = model.build_tiny(seed=0)
     weights = zip(
         warm.model.model.visual.parameters(), cold.model.model.visual.parameters(), strict=True
@@ -1414,7 +1414,7 @@ def test_a_step_equals_the_method_written_out(kl_coef, tmp_path):
 
     args = train.resolve_options([str(word) for word in options])
     task = train.drawn_task(args)
-    policy = train.load_policy(args, train.warmed_up(args, train.Run(tmp_path), task))
+    policy = train.load_policy(args, train.warmed_up(args, train.Run(tmp_path)))
     parameters = train.trainable(policy, args)
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)
     examples = task.train_batch(0, 4)
@@ -1639,10 +1639,6 @@ PRESETS = {  # values of the options that were left out
     "--model TMP/real --lora 16": train.REAL_LORA,
     "--model TMP/tiny": {**train.TINY, "warmup_steps": 0},
     "--model TMP/adapters": {**train.TINY, "warmup_steps": 0},
-    "--model TMP/real --lora 16 --demonstrations d.jsonl": {
-        **train.REAL_LORA,
-        "warmup_steps": 100,
-    },
 }
 
 

@@ -21,7 +21,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -69,8 +69,6 @@ PRESETS = {
     "eval_temperature": (1.0, 0.0, 0.0),
     "image_size": (48, 336, 336),
     "warmup_steps": (320, 0, 0),
-    "warmup_lr": (2e-3, 5e-5, 2e-4),
-    "warmup_noise": (0.25, 0.0, 0.0),
 }
 TINY = {name: tiny for name, (tiny, _, _) in PRESETS.items()}
 REAL = {name: real for name, (_, real, _) in PRESETS.items()}
@@ -333,7 +331,7 @@ def say_trouble(history: list[dict]) -> None:
     elif now["truncated"] > 0.5:
         cause = "most responses are cut off; try a larger --max-new-tokens"
     elif formless:
-        cause = "try --warmup-steps 60, which imitates demonstrations first"
+        cause = "try extras/cold_start.py, which imitates demonstrations first"
     elif now["accuracy"] > 0.5:
         cause = "most responses are right; try harder data"
     else:
@@ -512,7 +510,7 @@ def prepare(args, run: "Run", task):
         if args.data:
             said = "note: --model is tiny, which knows the words of drawn tasks alone"
             print(said, file=sys.stderr)
-    initial = warmed_up(args, run, task)
+    initial = warmed_up(args, run)
     policy = load_policy(args, run.checkpoint() or initial)
     trained = trainable(policy, args)
     reference = None  # with adapters of its own it is the policy without them
@@ -591,25 +589,28 @@ def trainable(policy, args) -> list:
     return [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
 
 
-def warmed_up(args, run: "Run", task) -> str:
-    """What RL starts from: --model, or a folder with it after a cold start, which is made once.
+def warmed_up(args, run: "Run") -> str:
+    """What RL starts from: --model, or the folder of the tiny one after its warm-up.
 
-    The tiny model is fluent then, and sees what is not there: that is for RL to put right.
+    The tiny model is fluent then, and sees what is not there: that is for RL to put right. It is
+    made once, and kept for other runs.
     """
-    folder = run.path / "warmed-up"
-    if args.model == "tiny" and not args.demonstrations:  # kept for other runs, by all it takes
-        names = ["task", "seed", "image_size", "system", "device", "dtype"]
-        names += ["warmup_steps", "warmup_lr", "warmup_noise"]
-        versions = [WARMUP_VERSION, torch.__version__, transformers.__version__]
-        made_by = versions + [getattr(args, name) for name in names]
-        key = hashlib.sha256(repr(made_by).encode()).hexdigest()[:16]
-        folder = cache_folder(run) / f"tiny-{key}"
-    elif args.warmup_steps == 0:
+    if args.model != "tiny":
         return args.model
+    names = ["task", "seed", "image_size", "system", "device", "dtype"]
+    names += ["warmup_steps", "warmup_lr", "warmup_noise"]
+    versions = [WARMUP_VERSION, torch.__version__, transformers.__version__]
+    made_by = versions + [getattr(args, name) for name in names]
+    key = hashlib.sha256(repr(made_by).encode()).hexdigest()[:16]
+    folder = cache_folder(run) / f"tiny-{key}"
     with FileLock(f"{folder}.lock"):  # another run may be making the same one
         if not folder.exists():
-            policy = load_policy(args, args.model)
-            imitate(policy, args, task)
+            policy = load_policy(args, "tiny")
+            task = drawn_task(args)
+            check_prompts(policy, task, args)
+            parameters = list(policy.model.parameters())  # the vision tower, too, which is random
+            for _ in imitate(policy, parameters, task, TINY["prompts"], args):
+                pass
             write_folder(folder, policy.save)
     return str(folder)
 
@@ -626,59 +627,31 @@ def cache_folder(run: "Run") -> Path:
     return run.path
 
 
-def imitate(policy, args, task) -> None:
-    """A cold start: supervised steps on demonstrations, the last fifth with --warmup-noise.
+def imitate(policy, parameters: list, demonstrations, n: int, args) -> Iterator[int]:
+    """Supervised steps on n demonstrations each, in the last fifth with --warmup-noise.
 
-    A real model stops once it has learned the form, except with --train-vision: that is to learn
-    more than the form.
+    Yields the number of each step when it is done, so that the caller may look and stop.
     """
-    if args.demonstrations:
-        options = {"system": args.system, "held_out": task.held_out}
-        demonstrations = data.OwnTask(args.demonstrations, args.seed, **options)
-        for _, example in demonstrations.train_rows:
-            demonstrate(example, 0.0, np.random.default_rng(0))  # one without a response fails now
-    else:  # of a drawn task also with --data, whose rows need not show a response
-        demonstrations = drawn_task(args)
-    if args.model == "tiny":
-        parameters = list(policy.model.parameters())  # the vision tower, too, which is random
-        batch = TINY["prompts"]  # whatever --prompts says, since runs share the result
-    else:
-        parameters = trainable(policy, args)
-        batch = args.prompts
-    check_prompts(policy, task, args)
     options = {"lr": 1.0, "betas": (0.9, 0.95), "weight_decay": 0.01, "fused": True}
     optimizer = torch.optim.AdamW(parameters, **options)
     scaler = gradient_scaler(args)
     true_steps = args.warmup_steps * 4 // 5
     ramp_steps = max(1, args.warmup_steps // 16)
-    knows_the_form = model.is_tiny(args.model)  # its warm-up is always made whole
     for step in tqdm(range(args.warmup_steps), "imitating demonstrations", disable=None):
         ramp = (step + 1) / ramp_steps
         decay = max(0.1, 1.1 - step / max(1, true_steps))
         optimizer.param_groups[0]["lr"] = args.warmup_lr * min(1, ramp, decay)
         noise = args.warmup_noise if step >= true_steps else 0.0
         rng = np.random.default_rng((args.seed, step, 3))
-        examples = demonstrations.train_batch(10**6 + step, batch)  # not those of RL
+        examples = demonstrations.train_batch(10**6 + step, n)  # not those of RL
         prompts = policy.encode(examples)
         written = policy.as_rollout([demonstrate(example, noise, rng) for example in examples])
         for start in range(0, len(examples), args.micro_batch):
             rows = slice(start, start + args.micro_batch)
             logp = policy.log_probs(prompts, written[rows], temperature=1.0)
             scaler.scale(-logp.sum() / written.mask.sum()).backward()
-        optimizer_step(optimizer, scaler, step + 1, cause="lower --warmup-lr")
-        if knows_the_form:
-            continue
-        last = step + 1 == args.warmup_steps
-        if last or (step % 10 == 9 and not args.train_vision):
-            some = task.train_batch(step, 16)
-            record = evaluate(policy, some, verify, args, step, temperature=args.temperature)
-            formed = round(16 * record["eval"]["format"])
-            said = f"cold start, step {step + 1}: {formed} of 16 sampled responses have the form"
-            if last and formed < 8:
-                said += "; raise --warmup-steps, --warmup-lr, or --max-new-tokens if cut off"
-            tqdm.write(said, file=sys.stderr)
-            if formed == 16:
-                break
+        optimizer_step(optimizer, scaler, step + 1, cause="lower its learning rate")
+        yield step + 1
 
 
 # ---- the folder of a run
@@ -712,7 +685,7 @@ class Run:
 
     def discard(self) -> None:
         """Remove the folder of a run that never began: its name is free for another try."""
-        if not self.metrics.exists() and not (self.path / "warmed-up").exists():
+        if not self.metrics.exists():
             shutil.rmtree(self.path, ignore_errors=True)
 
     def keep_options(self, options: dict) -> None:
@@ -913,12 +886,10 @@ def build_parser() -> Parser:
     add("--eval-temperature", "0: the likeliest token", type=number(float, 0))
     add("--eval-all", "hold out all rows of --data", False, action="store_true")
     add("--save-every", "steps between checkpoints; 0: only the last", 20, type=whole)
-    group = parser.add_argument_group("cold start, and drawn tasks")
-    until = "imitate demonstrations first; a real model until it has the form"
-    add("--warmup-steps", until, type=whole)
-    add("--demonstrations", "rows as in --data with a response; else drawn", metavar="FILE")
-    add("--warmup-lr", "learning rate of that", type=positive)
-    add("--warmup-noise", "rate of wrong facts in the last fifth of it", type=share)
+    group = parser.add_argument_group("drawn tasks, and the warm-up of the tiny model")
+    add("--warmup-steps", "batches of demonstrations that it imitates first", type=whole)
+    add("--warmup-lr", "learning rate of that", 2e-3, type=positive)
+    add("--warmup-noise", "rate of wrong facts in the last fifth of it", 0.25, type=share)
     add("--image-size", "side of drawn images in pixels", type=number(int, 24, 4096))
     return parser
 
@@ -928,14 +899,10 @@ def presets(args: argparse.Namespace) -> dict:
     if args.model == "tiny":
         return TINY
     if model.is_tiny(args.model):
-        found = {**TINY, "warmup_steps": 0}  # a saved tiny model has had its own
-    elif args.lora:
-        found = dict(REAL_LORA)
-    else:
-        found = dict(REAL)
-    if args.demonstrations:
-        found["warmup_steps"] = 100
-    return found
+        return {**TINY, "warmup_steps": 0}  # a saved tiny model has had its own
+    if args.lora:
+        return REAL_LORA
+    return REAL
 
 
 def default_dtype(args: argparse.Namespace) -> str:
@@ -970,10 +937,9 @@ def resolve_options(argv: list[str]) -> argparse.Namespace:
         raise InputError("--eval-all: only with --data, whose rows it holds out")
     if args.eval_all and args.steps > 0:
         raise InputError("--eval-all: leaves no rows to train on; give --steps 0, too")
-    if args.eval_all and args.warmup_steps > 0 and args.model != "tiny":
-        raise InputError("--eval-all: leaves no rows for a cold start; evaluate what it has made")
-    if args.demonstrations and args.warmup_steps == 0:
-        raise InputError("--demonstrations: are not imitated with --warmup-steps 0")
+    if args.warmup_steps > 0 and args.model != "tiny":
+        said = "only of the tiny model; extras/cold_start.py makes that of any other"
+        raise InputError(f"--warmup-steps {args.warmup_steps}: {said}")
     if args.weights and args.algo == "grpo":
         raise InputError("--weights: not with --algo grpo, which weighs nothing")
     if args.lora and args.train_vision:

@@ -147,7 +147,7 @@ def resolve_options(words: list[str], allowed: str, script: str) -> argparse.Nam
         option = word.split("=")[0]
         is_option = option.startswith("--") and option[2:].replace("-", "_") in known
         if is_option and option not in allowed.split():
-            raise InputError(f"{option}: has no part in what {script} measures; leave it out")
+            raise InputError(f"{option}: has no part in {script}; leave it out")
     return train.resolve_options(words)
 
 
@@ -164,14 +164,7 @@ def read_options(folder: Path) -> dict:
 
 def load(args) -> model.Policy:
     """The policy to measure: the tiny model after its warm-up, or any other as it is."""
-    if args.model == "tiny":
-        return warmed_up(args)
-    return train.load_policy(args, args.model)
-
-
-def warmed_up(args) -> model.Policy:
-    """The tiny model after its warm-up, which is made once and kept."""
-    return train.load_policy(args, train.warmed_up(args, train.Run("."), train.drawn_task(args)))
+    return train.load_policy(args, train.warmed_up(args, train.Run(".")))
 
 
 if __name__ == "__main__":

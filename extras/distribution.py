@@ -1,7 +1,7 @@
 """Where the contrasts and the weights of a model lie: percentiles, limits, roles, entropy.
 
     python extras/distribution.py                                          the warmed-up tiny model
-    python extras/distribution.py --model RUN_DIR/warmed-up --prompts 8    after a cold start
+    python extras/distribution.py --model cold --prompts 8                 after a cold start
     python extras/distribution.py --model RUN_DIR/checkpoint-000200 --tau 3
 
 It samples responses to questions of the drawn task and scores them as the training loop does. Only
@@ -23,9 +23,9 @@ import train  # noqa: E402
 from srpo import Role, contrast_scores, shared_baseline  # noqa: E402
 
 # SmolLM2-135M-Instruct as the language model of a Qwen2-VL with a new vision tower, after 20 steps:
-#   python train.py --model FOLDER --warmup-steps 60 --steps 0 --image-size 112 \
-#       --max-new-tokens 96 --out out/smol
-#   python extras/distribution.py --model out/smol/warmed-up --prompts 8 --max-new-tokens 128
+#   python extras/cold_start.py --model FOLDER --steps 60 --image-size 112 --max-new-tokens 96 \
+#       --out smol
+#   python extras/distribution.py --model smol --prompts 8 --max-new-tokens 128
 REAL_135M = {
     "delta of perception, 5 %": -0.11,
     "delta of perception, 50 %": 0.00,

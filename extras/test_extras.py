@@ -50,7 +50,7 @@ def test_credit_is_that_of_the_loop(cache, tmp_path, monkeypatch, options):
     argv += f" --reward my.py:reward {options} --out run"
     assert train.main(argv.split()) == 0
     args = argparse.Namespace(**credit.read_options(tmp_path / "run"))
-    policy = credit.warmed_up(args)
+    policy = credit.load(args)
     batch = credit.sample(policy, train.build_task(args).train_batch(0, 6), args, step=1)
     found = credit.credit(policy, batch, args, step=1)
     idle = batch.A == 0  # prompts of four objects, which the loop leaves out

@@ -259,54 +259,15 @@ def test_help_does_without_docstrings():  # transformers itself cannot load a mo
     assert "--w-min" in done.stdout
 
 
-# ---- found before the cold start
+# ---- found before the warm-up
 
 
-def test_a_response_without_room_is_said_before_the_cold_start(tmp_path, capsys):
+def test_a_response_without_room_is_said_before_the_warm_up(tmp_path, capsys):
     out = tmp_path / "out"
     argv = [*QUICK, *SMALL, "--warmup-steps", 2, "--max-new-tokens", 5000]
     assert "exceed the model's 1024" in complaint(capsys, *argv, "--out", out)
-    assert not list(out.glob("warmed-up"))
     argv[-1] = 8
     run(out, *argv, "--eval-size", 2, "--steps", 0)  # the folder can be used
-
-
-def test_a_row_without_a_response_is_said_before_the_cold_start(
-    jsonl,  # noqa: F811
-    tmp_path,
-    capsys,
-):
-    rows = [{"image": f"{i % 10}.png", "question": "q?", "answer": 1} for i in range(20)]
-    for row in rows[:-1]:
-        row["response"] = data.respond("a", "b", "1")
-    path = jsonl(lines=[json.dumps(row) for row in rows])
-    argv = [*QUICK, *SMALL, "--demonstrations", path, "--warmup-steps", 1, "--prompts", 1]
-    said = complaint(capsys, *argv, "--out", tmp_path / "out")
-    assert f"{path}:20: needs a response, to be imitated" in said
-
-
-def test_rows_that_are_held_out_need_no_response(jsonl, tmp_path):  # noqa: F811
-    rows = [{"image": f"{i}.png", "question": "q?", "answer": 1} for i in range(10)]
-    task = data.OwnTask(jsonl(lines=[json.dumps(row) for row in rows]))
-    for i, row in enumerate(rows):
-        if any(example.source.endswith(f":{i + 1}") for _, example in task.train_rows):
-            row["response"] = data.respond("a", "b", "1")
-    path = jsonl(lines=[json.dumps(row) for row in rows])
-    argv = [*QUICK, *SMALL, "--demonstrations", path, "--data", path, "--steps", 0]
-    run(tmp_path / "out", *argv, "--warmup-steps", 1, "--eval-size", 2, "--max-new-tokens", 8)
-    assert (tmp_path / "out/warmed-up").exists()
-
-
-def test_a_diverging_cold_start_names_its_own_rate():
-    class Task(data.DrawnTask):
-        prompts = ()
-
-    args = train.resolve_options([*map(str, COLD), "--warmup-steps", "2", "--warmup-lr", "1e9"])
-    policy = train.load_policy(args, "tiny")
-    policy.model.lm_head.weight.data.fill_(torch.nan)
-    with pytest.raises(data.InputError) as error:
-        train.imitate(policy, args, Task("count"))
-    assert str(error.value) == "step 1: the gradient is not finite: lower --warmup-lr"
 
 
 # ---- what was asked for holds to the end
@@ -380,7 +341,7 @@ def test_a_checkpoint_without_a_scaler_is_gone_on_with_in_float16(saved, tmp_pat
     assert numbers(out)[-1]["step"] == 2
 
 
-def test_the_system_text_begins_every_chat(jsonl, tmp_path, monkeypatch):  # noqa: F811
+def test_the_system_text_begins_every_chat(tmp_path, monkeypatch):
     seen = []
     chat = model.Policy._chat
 
@@ -389,10 +350,8 @@ def test_the_system_text_begins_every_chat(jsonl, tmp_path, monkeypatch):  # noq
         return chat(policy, example, n_images)
 
     monkeypatch.setattr(model.Policy, "_chat", listening)
-    row = {"image": "0.png", "question": "q?", "answer": 1, "response": data.respond("a", "b", "1")}
-    rows = [json.dumps({**row, "image": f"{i}.png"}) for i in range(4)]
-    cold = ["--demonstrations", jsonl(lines=rows), "--warmup-steps", 2]
-    run(tmp_path / "out", *COLD, "--system", "Be kind.", *cold, "--steps", 1)
+    warm = ["--warmup-steps", 2]
+    run(tmp_path / "out", *COLD, "--system", "Be kind.", *warm, "--steps", 1)
     assert len(seen) > 20
     assert set(seen) == {"Be kind."}
 

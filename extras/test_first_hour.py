@@ -12,7 +12,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -20,80 +19,15 @@ from PIL import Image
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-from test_real_models import hub_folder  # noqa: E402
 
 import data  # noqa: E402
-import model  # noqa: E402
 import train  # noqa: E402
 from test_srpo import ONE, cache, complaint, jsonl, numbers, run  # noqa: E402, F401
 
-# The tiny model without its warm-up; and a warm-up of a model from the hub.
+# The tiny model without its warm-up.
 COLD = ["--warmup-steps", 0, "--eval-size", 16, "--eval-every", 0, "--max-new-tokens", 64]
-IMITATE = ["--warmup-steps", 150, "--prompts", 8, "--warmup-lr", 3e-3, "--image-size", 48]
-FORM = "<perception> red</perception><reasoning> so</reasoning><answer> 1</answer>"
 
 # ---- a model that lacks the tags
-
-
-@torch.no_grad()
-def likelihood(folder) -> float:
-    """Mean log-prob of a token of demonstrations."""
-    policy = model.load(str(folder))
-    examples = data.DrawnTask("count").eval_set(8)
-    rng = np.random.default_rng(0)
-    written = policy.as_rollout([data.demonstrate(example, 0, rng) for example in examples])
-    logp = policy.log_probs(policy.encode(examples), written, temperature=1.0)
-    return (logp.sum() / written.mask.sum()).item()
-
-
-@pytest.mark.parametrize("lora", [[], ["--lora", 16]])
-def test_a_cold_start_teaches_any_model_the_form(lora, tmp_path):
-    if lora:
-        pytest.importorskip("peft", reason="pip install peft")
-    folder = hub_folder(tmp_path / "hub", "Qwen2VLConfig")
-    out = tmp_path / "out"
-    argv = ["--model", folder, *COLD, *IMITATE, "--max-new-tokens", 90, *lora, "--kl-coef", 0.1]
-    (start, _), (step,) = run(out, *argv, "--group-size", 2, "--steps", 1)
-    if not lora:
-        assert start["eval"]["format"] > 0.3
-    assert step["kl"] == pytest.approx(0, abs=1e-6)  # the reference has had its cold start, too
-    assert likelihood(out / "warmed-up") > likelihood(folder) + 1
-    assert not list(out.glob("*.tmp"))
-
-
-def rows_with(response) -> list[str]:
-    """Lines of a data file, each with this response to imitate."""
-    rows = []
-    for i in range(20):
-        row = {"image": f"{i % 10}.png", "question": "How many red?", "answer": i % 3}
-        rows.append(json.dumps({**row, "response": response}))
-    return rows
-
-
-def test_demonstrations_of_your_own_are_imitated(jsonl, tmp_path):  # noqa: F811
-    path = jsonl(lines=rows_with(FORM))
-    argv = [*COLD, "--steps", 0, "--data", path, "--demonstrations", path, "--warmup-steps", 40]
-    (only,), steps = run(tmp_path / "own", *argv)
-    assert steps == []
-    assert FORM in [sample["response"] for sample in only["samples"]]
-
-
-def test_beside_your_data_the_drawn_task_is_imitated(jsonl, tmp_path):  # noqa: F811
-    argv = [*COLD, "--steps", 0, "--data", jsonl(), "--warmup-steps", 2]
-    (only,), _ = run(tmp_path / "out", *argv)
-    assert only["eval"]["n"] == 2
-
-
-@pytest.mark.parametrize(
-    ("response", "said"),
-    [("<answer>1</answer>", "lacks the form"), ("", "needs a response"), (7, "lacks the form")],
-)
-def test_demonstrations_that_show_nothing_are_named(response, said, jsonl, tmp_path, capsys):  # noqa: F811
-    path = jsonl(lines=rows_with(response))
-    argv = [*COLD, "--steps", 0, "--demonstrations", path, "--warmup-steps", 40]
-    message = complaint(capsys, *argv, "--out", tmp_path / "out")
-    assert "rows.jsonl:" in message
-    assert said in message
 
 
 def format_reward(text: str) -> float:
@@ -135,7 +69,7 @@ FORMLESS = {**WELL, "format": 0.0, "used_groups": 3}  # chance tags give a sprea
             [FORMLESS] * 5,
             "almost no response had the three blocks for 5 steps",
         ),
-        ([FORMLESS] * 5, "try --warmup-steps 60"),
+        ([FORMLESS] * 5, "try extras/cold_start.py"),
         ([{**FORMLESS, "truncated": 0.75}] * 5, "most responses are cut off; try a larger"),
         ([WELL, *[FORMLESS] * 5], "100% had them in step 1; try a lower --lr"),
         (

@@ -345,49 +345,6 @@ def test_a_start_that_was_best_is_not_kept_again(tmp_path, monkeypatch):
     assert not (tmp_path / "out/best").exists()
 
 
-# ---- a cold start
-
-
-def test_a_cold_start_says_how_many_have_the_form(hub, tmp_path, capsys):
-    argv = ["--model", hub, *COLD, *SMALL, "--steps", 0, "--warmup-steps", 2]
-    run(tmp_path / "out", *argv)
-    said = capsys.readouterr().err
-    assert "cold start, step 2: 0 of 16 sampled responses have the form" in said
-    assert "raise --warmup-steps, --warmup-lr" in said
-
-
-def test_a_cold_start_recomputes_layers_too(hub, tmp_path, monkeypatch):
-    policies = []
-    recompute = model.recompute_layers
-
-    def noted(net):
-        policies.append(net)
-        recompute(net)
-
-    monkeypatch.setattr(model, "recompute_layers", noted)
-    argv = ["--model", hub, *COLD, *SMALL, "--steps", 0, "--warmup-steps", 1, "--recompute"]
-    run(tmp_path / "out", *argv)
-    assert len(policies) == 2  # the one that imitates, and the one that is trained
-
-
-def test_a_cold_start_ends_when_the_form_is_learned(hub, tmp_path, capsys, monkeypatch):
-    evaluate = train.evaluate
-    shares = iter([0.2, 1.0])
-
-    def with_shares(*args, **kwargs):
-        record = evaluate(*args, **kwargs)
-        if "temperature" in kwargs:  # asked by the cold start
-            record["eval"]["format"] = next(shares)
-        return record
-
-    monkeypatch.setattr(train, "evaluate", with_shares)
-    argv = ["--model", hub, *COLD, *SMALL, "--steps", 0, "--warmup-steps", 50]
-    run(tmp_path / "out", *argv)
-    said = capsys.readouterr().err
-    assert "cold start, step 20: 16 of 16 sampled responses have the form\n" in said
-    assert "step 30" not in said
-
-
 # ---- data
 
 
@@ -431,17 +388,3 @@ def test_the_system_text_begins_the_chat(hub, jsonl):  # noqa: F811
     (ids,) = policy._tokenize([examples["2"]], [torch.tensor([[1, 4, 4]])])
     text = policy.tokenizer.decode(ids)
     assert text.index("Be brief.") < text.index("q?")
-
-
-def test_demonstrations_of_held_out_images_are_not_imitated(jsonl, tmp_path):  # noqa: F811
-    form = data.respond("a", "b", "1")
-    rows = [{"image": f"{i}.png", "question": "q?", "answer": 1} for i in range(10)]
-    task = data.OwnTask(jsonl(lines=[json.dumps(row) for row in rows]))
-    held_out = {Path(names[0]).name for names, _ in task.eval_rows}
-    shown = [{**row, "response": form} for row in rows]
-    path = tmp_path / "demonstrations.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in shown) + "\n")
-    demonstrations = data.OwnTask(path, held_out=task.held_out)
-    imitated = {Path(names[0]).name for names, _ in demonstrations.train_rows}
-    assert len(held_out) == 1
-    assert imitated == {f"{i}.png" for i in range(10)} - held_out

@@ -339,14 +339,15 @@ def test_what_contrast_cannot_use_is_said_before_it_begins(options, said, capsys
     def begin(*_):
         raise AssertionError("it has begun")
 
-    monkeypatch.setattr(credit, "warmed_up", begin)
+    monkeypatch.setattr(train, "imitate", begin)
+    monkeypatch.setattr(credit, "sample", begin)
     options = options.replace("ROOT", str(HERE.parent))
     assert said in one_line(capsys, contrast.main, *options.split())
 
 
 @pytest.mark.parametrize("options", ["--algo grpo", "--lam 0", "--steps 5"])
 def test_options_without_a_part_in_the_distribution_are_refused(options, capsys):
-    said = f"{options.split()[0]}: has no part in what distribution.py measures"
+    said = f"{options.split()[0]}: has no part in distribution.py"
     assert said in one_line(capsys, distribution.main, *options.split())
 
 

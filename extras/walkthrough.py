@@ -67,7 +67,7 @@ torch.set_num_threads(1)  # more gain nothing with so small a model
 
 # %%
 args = train.resolve_options(["--device", "cpu"])
-policy = credit.warmed_up(args)  # half a minute the first time; then it is kept in ~/.cache/srpo
+policy = credit.load(args)  # half a minute the first time; then it is kept in ~/.cache/srpo
 examples = train.build_task(args).train_batch(0, args.prompts)
 batch = credit.sample(policy, examples, args, step=1)  # eight responses to each question
 show("step 1", srpo.group_advantages)
@@ -372,7 +372,7 @@ print(f"tokens whose advantage is not GRPO's: {(advantages != A)[mask].float().m
 # advantage. Only further inner epochs on the same batch (`--inner-epochs`) move it:
 
 # %%
-pupil = credit.warmed_up(args)
+pupil = credit.load(args)
 optimizer = torch.optim.AdamW(train.trainable(pupil, args), lr=5 * args.lr, weight_decay=0.0)
 old_logp = pupil.log_probs(part.prompts, part.rollout, args.temperature).detach()
 print("inner epoch      loss   clipped: SRPO   with GRPO's A   mean ratio")
