@@ -52,17 +52,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
     smart_resize,
 )
 
-from data import (
-    CELLS,
-    COLORS,
-    IMAGE_MARK,
-    INSTRUCTION,
-    SHAPES,
-    TAGS,
-    Example,
-    InputError,
-    blame,
-)
+from data import CELLS, COLORS, IMAGE_MARK, INSTRUCTION, SHAPES, TAGS, Example, InputError, blame
 from srpo import text_and_offsets, token_bytes
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")

@@ -36,16 +36,7 @@ from tqdm import tqdm
 import data
 import model
 from corrupt import CORRUPTIONS, corrupt
-from data import (
-    InputError,
-    Verdict,
-    averages,
-    blame,
-    demonstrate,
-    is_out_of_memory,
-    respond,
-    verify,
-)
+from data import InputError, Verdict, averages, blame, demonstrate, is_out_of_memory, verify
 from srpo import (
     Role,
     contrast_scores,
@@ -308,22 +299,17 @@ def say_progress(bar, record: dict) -> None:
 
 
 def say_trouble(history: list[dict]) -> None:
-    """What keeps the policy from learning, and what to try: after 5, 50 and 500 steps of it."""
+    """Every five steps: what keeps the policy from learning, and what to try."""
+    if len(history) % 5 != 0:
+        return
     first = history[0]
     now = history[-1]
-    formless = 0  # steps in a row up to now
-    idle = 0
-    for record in history:
-        formless += 1
-        idle += 1
-        if record["format"] >= 0.02:
-            formless = 0
-        if record["used_groups"] > 0:
-            idle = 0
-    if formless in (5, 50, 500):
-        said = f"almost no response had the three blocks for {formless} steps"
-    elif idle in (5, 50, 500):
-        said = f"rewards did not differ in any group for {idle} steps"
+    formless = all(record["format"] < 0.02 for record in history[-5:])
+    idle = all(record["used_groups"] == 0 for record in history[-5:])
+    if formless:
+        said = "almost no response had the three blocks in the last five steps"
+    elif idle:
+        said = "rewards did not differ in any group in the last five steps"
     else:
         return
     if formless and first["format"] > 0.5:
@@ -340,12 +326,10 @@ def say_trouble(history: list[dict]) -> None:
     tqdm.write(f"{said}: {figures}; {cause}", file=sys.stderr)
 
 
-def evaluate(policy, examples: Iterable, judge, args, step: int, temperature=None) -> dict:
-    """Record of a response to each example, at --eval-temperature by default, from one seed."""
-    if temperature is None:
-        temperature = args.eval_temperature
+def evaluate(policy, examples: Iterable, judge, args, step: int) -> dict:
+    """Record of a response to each example, at --eval-temperature, from the same seed each time."""
     rng = generator(args, 0, purpose=1)
-    limits = {"max_new_tokens": args.max_new_tokens, "temperature": temperature}
+    limits = {"max_new_tokens": args.max_new_tokens, "temperature": args.eval_temperature}
     verdicts = []
     samples = []
     examples = iter(tqdm(examples, "evaluating", leave=False, disable=None))
@@ -359,7 +343,7 @@ def evaluate(policy, examples: Iterable, judge, args, step: int, temperature=Non
                 sample = {"question": example.question, "answer": example.answer, "response": text}
                 samples.append({**sample, "verdict": in_words(verdict)})
         asked = list(islice(examples, 64))
-    figures = {**averages(verdicts), "n": len(verdicts), "temperature": temperature}
+    figures = {**averages(verdicts), "n": len(verdicts), "temperature": args.eval_temperature}
     return {"step": step, "eval": figures, "samples": samples}
 
 
@@ -419,7 +403,7 @@ def build_task(args, judge=None):
     task = drawn_task(args)
     if judge is not None:
         (example,) = task.eval_set(1)
-        judge(respond("a", "b", example.answer), example)  # one that fails does so now
+        judge(data.respond("a", "b", example.answer), example)  # one that fails does so now
     return task
 
 
@@ -778,8 +762,7 @@ class Run:
         with blame(f"{checkpoint}: remove it, trainer.pt is broken"):
             state = torch.load(checkpoint / "trainer.pt", map_location=device, weights_only=True)
             optimizer.load_state_dict(state["optimizer"])
-            if state.get("scaler"):  # empty in other dtypes, and missing in earlier versions
-                scaler.load_state_dict(state["scaler"])
+            scaler.load_state_dict(state["scaler"])
         print(f"going on from step {self.steps_done()}", file=sys.stderr)
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import credit  # noqa: E402
-import numpy as np  # noqa: E402
 import transformers  # noqa: E402
 from script import exit_code  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -54,6 +53,7 @@ def options(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.Namesp
     args.warmup_steps = mine.steps
     args.warmup_lr = mine.lr
     args.warmup_noise = 0.0
+    args.eval_temperature = args.temperature  # the form is looked for as training will sample
     return mine, args
 
 
@@ -67,15 +67,15 @@ def read_demonstrations(path: str | None, task, args):
     rows = {"system": args.system, "held_out": task.held_out}
     demonstrations = data.OwnTask(path, args.seed, **rows)
     for _, example in demonstrations.train_rows:
-        data.demonstrate(example, 0.0, np.random.default_rng(0))  # one without a response fails now
+        if not example.response:
+            raise InputError(f"{example.source}: needs a response, to be imitated")
     return demonstrations
 
 
 def count_with_form(policy, task, args, step: int) -> int:
     """How many of 16 sampled responses to training examples have the form."""
     examples = task.train_batch(step, 16)
-    temperature = args.temperature
-    record = train.evaluate(policy, examples, data.verify, args, step, temperature=temperature)
+    record = train.evaluate(policy, examples, data.verify, args, step)
     return round(16 * record["eval"]["format"])
 
 

@@ -60,25 +60,22 @@ FORMLESS = {**WELL, "format": 0.0, "used_groups": 3}  # chance tags give a sprea
 @pytest.mark.parametrize(
     ("records", "said"),
     [
-        ([WELL] * 5, "rewards did not differ in any group for 5 steps"),
+        ([WELL] * 5, "rewards did not differ in any group in the last five steps"),
         ([WELL] * 5, "most responses are wrong; try easier data"),
-        ([{**WELL, "accuracy": 0.75}] * 50, "for 50 steps"),
+        ([WELL] * 10, "rewards did not differ in any group in the last five steps"),
         ([{**WELL, "accuracy": 0.75}] * 5, "most responses are right; try harder data"),
         ([{**WELL, "truncated": 0.75}] * 5, "most responses are cut off; try a larger"),
-        (
-            [FORMLESS] * 5,
-            "almost no response had the three blocks for 5 steps",
-        ),
+        ([FORMLESS] * 5, "almost no response had the three blocks in the last five steps"),
         ([FORMLESS] * 5, "try extras/cold_start.py"),
         ([{**FORMLESS, "truncated": 0.75}] * 5, "most responses are cut off; try a larger"),
-        ([WELL, *[FORMLESS] * 5], "100% had them in step 1; try a lower --lr"),
+        ([WELL, *[FORMLESS] * 9], "100% had them in step 1; try a lower --lr"),
         (
-            [WELL, *[{**FORMLESS, "truncated": 1.0}] * 5],
+            [WELL, *[{**FORMLESS, "truncated": 1.0}] * 9],
             "100% had them in step 1; try a lower --lr",
         ),
         ([WELL] * 4, ""),
         ([WELL] * 6, ""),
-        ([*[WELL] * 4, {**WELL, "used_groups": 1}, WELL], ""),
+        ([{**WELL, "used_groups": 1}, *[WELL] * 4], ""),
     ],
 )
 def test_what_keeps_a_policy_from_learning_is_said_by_its_cause(records, said, capsys):
@@ -91,7 +88,7 @@ def test_what_keeps_a_policy_from_learning_is_said_by_its_cause(records, said, c
         assert "mean reward 0.25" in err
 
 
-def test_steps_without_a_spread_of_rewards_are_explained_once(tmp_path, capsys, monkeypatch):
+def test_steps_without_a_spread_of_rewards_are_explained(tmp_path, capsys, monkeypatch):
     def all_alike(text, example):
         return data.Verdict(0.25, 0.0, 1.0)
 
@@ -100,7 +97,7 @@ def test_steps_without_a_spread_of_rewards_are_explained_once(tmp_path, capsys, 
     run(tmp_path / "out", *argv, "--steps", 6)
     said = capsys.readouterr().err
     assert said.count("did not differ") == 1
-    assert "for 5 steps: mean reward 0.25, 100% well-formed; most responses are cut off" in said
+    assert "mean reward 0.25, 100% well-formed; most responses are cut off" in said
 
 
 # ---- the folder, and signals
