@@ -63,6 +63,12 @@ def weights_within(where: Tensor, delta: Tensor, **options) -> Tensor:
     return torch.where(where, w, torch.ones_like(w))
 
 
+def with_mean_1(w_tilde: Tensor, delta: Tensor, roles: Tensor) -> Tensor:
+    """The second line of step 6 alone, and step 9, for any positive w_tilde [B, T]."""
+    scored = scored_tokens(delta, roles)
+    return torch.where(scored, w_tilde / mean_over(w_tilde, scored), torch.ones_like(w_tilde))
+
+
 def weights_of_each_role(delta: Tensor, roles: Tensor, **options) -> Tensor:
     """`weights_within` the perception, and `weights_within` the reasoning, [B, T]."""
     scored = scored_tokens(delta, roles)
@@ -113,9 +119,26 @@ def role_balanced(logp, logp_corrupted, logp_blank, roles, A, **options) -> Tens
     delta = contrast_scores(logp, logp_corrupted, logp_blank, roles)
     of_perception = mean_over(delta, roles == Role.PERCEPTION)
     of_reasoning = mean_over(delta, roles == Role.REASONING)
-    w = exponential(delta - (of_perception + of_reasoning) / 2, **options)
+    b = (of_perception + of_reasoning) / 2
+    return with_mean_1(exponential(delta - b, **options), delta, roles)
+
+
+def median_baseline(logp, logp_corrupted, logp_blank, roles, A, **options) -> Tensor:
+    """The baseline of step 5 is the median: a few large contrasts do not move it.
+
+    Of an even number of tokens it is the lower of the two in the middle.
+    """
+    delta = contrast_scores(logp, logp_corrupted, logp_blank, roles)
     scored = scored_tokens(delta, roles)
-    return torch.where(scored, w / mean_over(w, scored), torch.ones_like(w))
+    b = delta.masked_fill(~scored, math.nan).nanmedian(dim=1, keepdim=True).values
+    return with_mean_1(exponential(delta - b, **options), delta, roles)
+
+
+def log_mean_exp_baseline(logp, logp_corrupted, logp_blank, roles, A, **options) -> Tensor:
+    """The baseline of step 5 is log mean exp(delta), as of probability ratios instead of logs."""
+    delta = contrast_scores(logp, logp_corrupted, logp_blank, roles)
+    b = mean_over(delta.exp(), scored_tokens(delta, roles)).log()  # step 4 keeps exp in range
+    return with_mean_1(exponential(delta - b, **options), delta, roles)
 
 
 def unnormalized(logp, logp_corrupted, logp_blank, roles, A, **options) -> Tensor:
@@ -139,6 +162,20 @@ def softmax(logp, logp_corrupted, logp_blank, roles, A, *, tau, **_) -> Tensor:
     share = (delta / tau).masked_fill(~scored, -math.inf).softmax(dim=1)  # NaN without any
     w = share * scored.sum(dim=1, keepdim=True)
     return torch.where(scored, w, torch.ones_like(w))
+
+
+def sigmoid(logp, logp_corrupted, logp_blank, roles, A, *, tau, **_) -> Tensor:
+    """Step 6 with 2 sigmoid((delta - b) / tau), which needs no limits: it lies between 0 and 2."""
+    delta = contrast_scores(logp, logp_corrupted, logp_blank, roles)
+    relative = delta - mean_over(delta, scored_tokens(delta, roles))
+    return with_mean_1(2 * torch.sigmoid(relative / tau), delta, roles)
+
+
+def linear(logp, logp_corrupted, logp_blank, roles, A, *, tau, w_min, w_max, **_) -> Tensor:
+    """Step 6 with 1 + (delta - b) / tau, within the limits."""
+    delta = contrast_scores(logp, logp_corrupted, logp_blank, roles)
+    relative = delta - mean_over(delta, scored_tokens(delta, roles))
+    return with_mean_1((1 + relative / tau).clamp(w_min, w_max), delta, roles)
 
 
 def sign_aware(logp, logp_corrupted, logp_blank, roles, A, **options) -> Tensor:

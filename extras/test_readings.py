@@ -1,5 +1,7 @@
 """Tests of the readings: each one against plain loops, what holds for all, and two in a run.
 
+Those of related papers that weigh all tokens have their loops in test_relatives.py.
+
 pip install pytest, then python -m pytest -q extras/test_readings.py
 """
 
@@ -9,7 +11,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, pstdev
+from statistics import fmean, median_low, pstdev
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import readings  # noqa: E402
 
 import train  # noqa: E402
-from srpo import Role, contrast_scores, role_aware_advantages, token_weights  # noqa: E402
+from srpo import Role, contrast_scores, token_weights  # noqa: E402
 
 DEFAULTS = {"tau": 1.0, "w_min": 0.8, "w_max": 1.2}
 WIDE = {"tau": 0.7, "w_min": 0.5, "w_max": 2.0}
@@ -127,6 +129,16 @@ def loop_role_balanced(row):
     return scaled_to_mean_1({t: w_tilde(row, row.delta[t] - b) for t in row.delta})
 
 
+def loop_median_baseline(row):
+    b = median_low(row.delta.values())
+    return scaled_to_mean_1({t: w_tilde(row, row.delta[t] - b) for t in row.delta})
+
+
+def loop_log_mean_exp_baseline(row):
+    b = math.log(fmean(math.exp(x) for x in row.delta.values()))
+    return scaled_to_mean_1({t: w_tilde(row, row.delta[t] - b) for t in row.delta})
+
+
 def loop_unnormalized(row):
     b = fmean(row.delta.values())
     return {t: w_tilde(row, row.delta[t] - b) for t in row.delta}
@@ -134,6 +146,21 @@ def loop_unnormalized(row):
 
 def loop_softmax(row):
     return scaled_to_mean_1({t: math.exp(row.delta[t] / row.tau) for t in row.delta})
+
+
+def loop_sigmoid(row):
+    b = fmean(row.delta.values())
+    return scaled_to_mean_1(
+        {t: 1 / (1 + math.exp((b - x) / row.tau)) for t, x in row.delta.items()}
+    )
+
+
+def loop_linear(row):
+    b = fmean(row.delta.values())
+    w = {}
+    for t in row.delta:
+        w[t] = min(max(1 + (row.delta[t] - b) / row.tau, row.w_min), row.w_max)
+    return scaled_to_mean_1(w)
 
 
 def negative(row):
@@ -238,101 +265,6 @@ def test_a_reading_equals_its_loop(batch, name, options):
         expected = globals()[f"loop_{name}"](row_of(batch, i, options))
         found = {t: w[i, t].item() for t in expected}
         assert found == pytest.approx(expected, rel=1e-4)
-
-
-# ---- the relatives that weigh all tokens, in plain loops on the batch
-
-
-def contrasts_at_tokens(batch: dict) -> list[dict]:
-    """For each response the contrast with the corrupted image by position; none if not finite."""
-    rows = []
-    for i, length in enumerate(LENGTHS):
-        row = {}
-        for t in range(length):
-            row[t] = (batch["logp"][i, t] - batch["logp_corrupted"][i, t]).item()
-        finite = all(math.isfinite(x) for x in row.values())
-        rows.append(row if finite else {})
-    return rows
-
-
-def k3_of(contrast: float) -> float:
-    return math.exp(-contrast) - 1 + contrast
-
-
-def keys_of_largest(x: dict, share: float) -> set:
-    ordered = sorted(x, key=x.get, reverse=True)
-    return set(ordered[: math.ceil(share * len(x))])
-
-
-def loop_vppo(batch):
-    dependency = []
-    for row in contrasts_at_tokens(batch):
-        dependency.append({t: min(k3_of(x), 10) for t, x in row.items()})
-    score = [fmean(row.values()) for row in dependency if row]
-    share = [(x - min(score)) / (max(score) - min(score)) for x in score]
-    scales = [0.9 + 0.1 * x / fmean(share) for x in share]
-    expected = []
-    for row in dependency:
-        top = keys_of_largest(row, 0.4)
-        scale = scales.pop(0) if row else 1.0
-        expected.append({t: scale if t in top else 0.0 for t in row})
-    return expected
-
-
-def loop_pgpo(batch):
-    expected = []
-    for row in contrasts_at_tokens(batch):
-        d = {t: math.log(1 + k3_of(x)) for t, x in row.items()}
-        w = {}
-        for t in d:
-            share = (d[t] - min(d.values())) / (max(d.values()) - min(d.values()))
-            if share < 0.4:
-                w[t] = share / 0.4
-            else:
-                w[t] = 1 + 2 * (share - 0.4) / 0.6
-        expected.append({t: w[t] * len(w) / sum(w.values()) for t in w})
-    return expected
-
-
-def loop_tor(batch):
-    rows = contrasts_at_tokens(batch)
-    size = {}
-    entropy = {}
-    for i, row in enumerate(rows):
-        for t in row:
-            size[i, t] = abs(row[t])
-            entropy[i, t] = batch["entropy"][i, t].item()
-    dependent = keys_of_largest(size, 0.3)
-    uncertain = keys_of_largest(entropy, 0.3)
-    expected = []
-    for i, row in enumerate(rows):
-        w = {}
-        for t in row:
-            w[t] = 0.0
-            if (i, t) in dependent:
-                w[t] = 0.5
-            if (i, t) in uncertain:
-                w[t] = 1.0
-        expected.append(w)
-    return expected
-
-
-@pytest.mark.parametrize("name", ALL_TOKENS)
-def test_a_relative_equals_its_loop(batch, name):
-    """At tokens without a role, too; 1 at padding and in the response that is not finite."""
-    w = weigh(name, batch, DEFAULTS)
-    expected = torch.ones_like(w)
-    for i, row in enumerate(globals()[f"loop_{name}"](batch)):
-        for t, weight in row.items():
-            expected[i, t] = weight
-    torch.testing.assert_close(w, expected, rtol=1e-4, atol=1e-5)
-    assert (w[:3] == 0).any() and w.unique().numel() > 2  # zeros where documented
-
-
-def test_a_weight_of_0_gives_no_advantage_and_is_allowed():
-    w = torch.tensor([[0.0, 0.5, 1.0]])
-    A_hat = role_aware_advantages(torch.tensor([-2.0]), w)
-    assert A_hat.tolist() == [[0.0, -1.0, -2.0]]
 
 
 # ---- what holds for all

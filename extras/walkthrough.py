@@ -495,9 +495,9 @@ for condition in ("srpo", "range-0.5-2", "shuffled"):
 # | 3 | whether the perception is removed, masked or replaced, and with which image | its text is hidden, with the original image | `without_perception`; the prompts that `score` is given in `train` |
 # | 3 | what the tags are called; whether the answer counts as reasoning | `Tags`; it has no role | `token_roles` |
 # | 4 | whether contrasts are clamped | at 5 nats | `contrast_scores(..., max_abs=)` |
-# | 5 | what is shared: a mean over tokens or over roles, a median, a mean of exponentials, over the response or the group | the mean over all scored tokens | `--weights extras/readings.py:role_balanced` |
+# | 5 | what is shared: a mean over tokens or over roles, a median, a mean of exponentials, over the response or the group | the mean over all scored tokens | `--weights extras/readings.py:role_balanced`, `:median_baseline`, `:log_mean_exp_baseline` |
 # | 5 | whether contrasts are standardized first | no | `--weights extras/readings.py:standardized`, `:role_standardized` |
-# | 6 | exponential, sigmoid or softmax; which limits and τ | exponential, [0.8, 1.2] as in RLSD, τ = 1 | `--tau`, `--w-min`, `--w-max`, `--weights extras/readings.py:softmax` |
+# | 6 | exponential, sigmoid, linear or softmax; which limits and τ | exponential, [0.8, 1.2] as in RLSD, τ = 1 | `--tau`, `--w-min`, `--w-max`, `--weights extras/readings.py:softmax`, `:sigmoid`, `:linear` |
 # | 6 | whether weights are normalized, and what is kept: the mean of each response, the sum | yes, mean 1 over the scored tokens | `--weights extras/readings.py:unnormalized` |
 # | 6 | how the mean weights of the roles develop in training | logged: `w_perception`, `w_reasoning` | |
 # | 7 | whether the emphasis turns round for A < 0; whether w is mixed with 1 | no; no | `--weights extras/readings.py:sign_aware`, `--lam` |
