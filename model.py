@@ -408,6 +408,11 @@ class Policy:
                 parameter.data = parameter.data.float()
         self.adapter = adapter.eval()
 
+    def adapts(self, name: str) -> bool:
+        """Whether its adapters stand on the model `name` itself: without them it is that model."""
+        base = self.adapter.peft_config["default"].base_model_name_or_path
+        return Path(base).resolve() == Path(name).resolve()
+
     def save(self, folder: str | Path) -> None:
         """Hugging Face layout. With LoRA the weights are the adapters, in peft's layout."""
         weights = self.model if self.adapter is None else self.adapter

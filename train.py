@@ -12,6 +12,7 @@ GPU or on several threads, where the order of sums varies.
 import argparse
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -23,7 +24,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -185,7 +185,7 @@ def train(args: argparse.Namespace, run: "Run") -> None:
 
 
 def generator(args, step: int, purpose: int = 0) -> torch.Generator:
-    """Random numbers of one step; purpose 0 is training, 1 evaluation."""
+    """Random numbers of one step; with purpose 1, of one batch of an evaluation."""
     seed = np.random.SeedSequence((args.seed, step, purpose)).generate_state(1, np.uint64)[0]
     return torch.Generator(args.device).manual_seed(int(seed >> np.uint64(1)))
 
@@ -327,14 +327,19 @@ def say_trouble(history: list[dict]) -> None:
 
 
 def evaluate(policy, examples: Iterable, judge, args, step: int) -> dict:
-    """Record of a response to each example, at --eval-temperature, from the same seed each time."""
-    rng = generator(args, 0, purpose=1)
+    """Record of a response to each example, at --eval-temperature.
+
+    A batch of questions is always asked with the same random numbers, whatever was answered before.
+    """
     limits = {"max_new_tokens": args.max_new_tokens, "temperature": args.eval_temperature}
     verdicts = []
     samples = []
     examples = iter(tqdm(examples, "evaluating", leave=False, disable=None))
-    asked = list(islice(examples, 64))
-    while asked:
+    for batch in itertools.count():
+        asked = list(itertools.islice(examples, 64))
+        if not asked:
+            break
+        rng = generator(args, batch, purpose=1)
         rollout = policy.sample(policy.encode(asked), 1, generator=rng, **limits)
         for (text, _), example in zip(policy.decode(rollout), asked, strict=True):
             verdict = judge(text, example)
@@ -342,7 +347,6 @@ def evaluate(policy, examples: Iterable, judge, args, step: int) -> dict:
             if len(samples) < 3:
                 sample = {"question": example.question, "answer": example.answer, "response": text}
                 samples.append({**sample, "verdict": in_words(verdict)})
-        asked = list(islice(examples, 64))
     figures = {**averages(verdicts), "n": len(verdicts), "temperature": args.eval_temperature}
     return {"step": step, "eval": figures, "samples": samples}
 
@@ -497,9 +501,9 @@ def prepare(args, run: "Run", task):
     initial = warmed_up(args, run)
     policy = load_policy(args, run.checkpoint() or initial)
     trained = trainable(policy, args)
-    reference = None  # with adapters of its own it is the policy without them
-    if args.kl_coef > 0 and (not args.lora or model.adapter_config(initial)):
-        reference = load_policy(args, initial)
+    reference = None
+    if args.kl_coef > 0 and not (args.lora and policy.adapts(initial)):
+        reference = load_policy(args, initial)  # else it is the policy without its adapters
     # Trained weights are float32: at lr 1e-6 an update of a bf16 weight would be rounded away.
     options = {"lr": args.lr, "betas": (0.9, 0.99), "weight_decay": 0.0, "fused": True}
     optimizer = torch.optim.AdamW(trained, **options)

@@ -223,6 +223,17 @@ def test_a_folder_of_adapters_says_its_rank_itself(adapters):
     assert train.resolve_options(["--model", str(adapters), "--lora", "4"]).lora == 4
 
 
+def test_the_reference_is_what_the_run_began_with(adapters, tmp_path, capsys):
+    begun = tmp_path / "adapters"
+    shutil.copytree(adapters, begun)
+    out = tmp_path / "out"
+    _, (step,) = run(out, "--model", begun, *COLD, *SMALL, "--kl-coef", 0.1, "--steps", 1)
+    assert step["kl"] == pytest.approx(0, abs=1e-6)
+    shutil.rmtree(begun)  # without it the reference would be the base model
+    said = complaint_after_notes(capsys, "--resume", out, "--steps", 2)
+    assert f"{begun}: cannot be used: ValueError, no such folder" in said
+
+
 def test_adapters_of_a_relative_folder_are_found_from_elsewhere(hub, tmp_path, monkeypatch):
     pytest.importorskip("peft", reason="pip install peft")
     monkeypatch.chdir(hub.parent)
