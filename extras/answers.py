@@ -192,7 +192,7 @@ def named_option(text: str, options: dict[str, str]) -> str | None:
     explained = LETTER_AND_TEXT.fullmatch(text)
     if explained is not None:
         letter = explained[1].upper()
-        if not options and not ANOTHER.search(explained[2]):
+        if not options and not re.match("A [a-z]", text) and not ANOTHER.search(explained[2]):
             return letter
         if letter in options and same_value(explained[2], options[letter]):
             return letter
@@ -278,7 +278,7 @@ def same_words(given: str, truth: str) -> bool | None:
 
 def same_yes_no(words: list[str], truth: str) -> bool:
     """Yes, or yes with what is no doubt about it."""
-    doubts = {*YES_NO, "or", "but", "maybe", "perhaps", "not", "never", "unsure"} - {truth}
+    doubts = {*YES_NO, *"or but maybe perhaps not never unsure cannot can't".split()} - {truth}
     if truth in ("no", "false"):
         doubts.remove("not")
     return words[0].lower() == truth and doubts.isdisjoint(word.lower() for word in words)

@@ -67,7 +67,8 @@ EXPLANATIONS = [
     r"^(?:(?!\b(?:or|not|no|never|neither|none|nothing|cannot|if|half|twice)\b|n't\b).)*"
     r"\b(?:is|are|equals|it's) (?=[-+$€£]?\d)",
     r"(?<=\w) \([^()\d]+ [^()\d]+\)$",  # yes (there is one)
-    r",? (?:because|since)\b.*|, (?:as(?! well\b)|which)\b.*",
+    r",? (?:because|since)\b.*",
+    r", (?:as(?! well\b)|which(?!.*\b(?:not|wrong|incorrect|false)\b))\b.*",
     rf"(?<=\d)\. (?!.*{HEDGES})(?=\D+$)(?:<\||\S+ \S+ \S).*",  # a sentence after a number
 ]
 

@@ -177,6 +177,7 @@ Co == CO ;; Hz == HZ ;; k == K ;; 5 mL == 5 ML ;; I don't think it is 5 == 5 ;; 
 Half of it is 5 == 5 ;; 12, so 13 == 12 ;; 12 cm, as well as 15 cm == 12 cm ;; no idea == no
 No answer == no ;; ≥5 == 5 ;; \le 5 == 5 ;; ≠5 == 5 ;; 5~6 == 5 ;; 5→6 == 5 ;; 5 ft 6 in == 5
 5 crores == 5 ;; 5 plus == 5 ;; C is incorrect == C ;; C (false) == C ;; A never == A ;; A, b == A
+A man == A ;; A cat == A ;; 5, which is wrong == 5 ;; yes, I cannot tell == yes
 """,
     CM: r"""
 B == C ;; B. 14 cm == C ;; C. 12 cm == C ;; 12 cm == C ;; B or C == C ;; B, C == C ;; not C == C
