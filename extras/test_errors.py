@@ -4,6 +4,7 @@ pip install pytest, then python -m pytest -q extras/test_errors.py
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -22,11 +23,25 @@ from test_srpo import (  # noqa: E402, F401
     ONE,
     QUICK,
     cache,
-    complaint,
     jsonl,
     policy,
     run,
 )
+
+
+def complaint(capsys, *argv):
+    """The one line that `train.py` answers to bad input."""
+    capsys.readouterr()
+    try:
+        code = train.main([str(word) for word in argv])
+    except SystemExit as stop:
+        code = stop.code
+    stderr = re.sub(r"^step \d+: accuracy .*\n", "", capsys.readouterr().err, flags=re.MULTILINE)
+    assert code == 2, stderr
+    assert stderr.startswith("error: "), stderr
+    assert stderr.count("\n") == 1, stderr
+    return stderr
+
 
 # ---- options
 

@@ -14,12 +14,14 @@ import torch
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+from test_errors import complaint  # noqa: E402
 
 import data  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
-from test_srpo import QUICK, SMALL, cache, complaint, jsonl, numbers, run  # noqa: E402, F401
+from test_srpo import QUICK, SMALL, cache, jsonl, records_of, run  # noqa: E402, F401
 
 COLD = [*QUICK, *SMALL, "--warmup-steps", 0, "--eval-size", 2, "--max-new-tokens", 8]
 
@@ -110,7 +112,7 @@ def test_a_logger_that_fails_is_said_once_and_the_run_goes_on(tmp_path, capsys):
     text = "def f(folder, options):\n    def send(numbers, step):\n        1 / 0\n    return send\n"
     out = tmp_path / "out"
     run(out, *COLD, "--steps", 2, "--log", script(tmp_path, text))
-    assert [record["step"] for record in numbers(out)] == [0, 1, 2, 2]
+    assert [record["step"] for record in records_of(out)] == [0, 1, 2, 2]
     assert capsys.readouterr().err.count("--log: no more: ZeroDivisionError") == 1
 
 
@@ -142,7 +144,7 @@ def test_a_run_goes_on_from_any_folder(jsonl, tmp_path, monkeypatch):  # noqa: F
     run(Path("out"), *COLD, "--data", "rows.jsonl", "--steps", 1)
     monkeypatch.chdir(elsewhere)
     assert train.main(["--resume", "../out", "--steps", "2"]) == 0
-    assert [record["step"] for record in numbers(tmp_path / "out")][-1] == 2
+    assert [record["step"] for record in records_of(tmp_path / "out")][-1] == 2
 
 
 def test_a_foreign_folder_is_not_one_to_go_on_with(tmp_path, capsys):
@@ -284,7 +286,7 @@ def test_more_steps_are_remembered_by_a_later_resume(tmp_path, monkeypatch):
         patched.setattr(train, "say_trouble", stop)
         assert train.main(["--resume", str(out), "--steps", "3"]) == 130
     assert train.main(["--resume", str(out)]) == 0
-    steps = [record["step"] for record in numbers(out) if "eval" not in record]
+    steps = [record["step"] for record in records_of(out) if "eval" not in record]
     assert steps == [1, 2, 3]
 
 
@@ -338,7 +340,7 @@ def test_a_checkpoint_without_a_scaler_is_gone_on_with_in_float16(saved, tmp_pat
         state["scaler"] = saved
     torch.save(state, file)
     assert train.main(["--resume", str(out), "--steps", "2"]) == 0
-    assert numbers(out)[-1]["step"] == 2
+    assert records_of(out)[-1]["step"] == 2
 
 
 def test_the_system_text_begins_every_chat(tmp_path, monkeypatch):

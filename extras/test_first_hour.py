@@ -19,10 +19,11 @@ from PIL import Image
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
+from test_errors import complaint  # noqa: E402
 
 import data  # noqa: E402
 import train  # noqa: E402
-from test_srpo import ONE, cache, complaint, jsonl, numbers, run  # noqa: E402, F401
+from test_srpo import ONE, cache, jsonl, records_of, run  # noqa: E402, F401
 
 # The tiny model without its warm-up.
 COLD = ["--warmup-steps", 0, "--eval-size", 16, "--eval-every", 0, "--max-new-tokens", 64]
@@ -129,7 +130,7 @@ def test_a_signal_ends_in_one_line_and_loses_nothing(number, exit_code, tmp_path
     assert last_line == f"stopped; go on with: python train.py --resume {out}"
     assert "Traceback" not in said
     assert train.main(["--resume", str(out)]) == 0
-    assert numbers(out) == numbers(tmp_path / "whole")
+    assert records_of(out) == records_of(tmp_path / "whole")
 
 
 @pytest.fixture
@@ -162,7 +163,7 @@ def test_a_resumed_run_keeps_its_options_when_its_model_is_gone(finished, tmp_pa
 
 
 def test_a_block_that_no_response_has_is_not_summarized(finished, capsys):
-    records = numbers(finished)
+    records = records_of(finished)
     records[1].update(w_perception=1.0, w_reasoning=None)
     (finished / "metrics.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in records))
     train.summarize(train.Run(finished))

@@ -18,24 +18,24 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import merge  # noqa: E402
+from test_readmes import MORE  # noqa: E402
 
 import data  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
 from srpo import contrast_scores  # noqa: E402
 from test_srpo import (  # noqa: E402
-    MORE,
     QUICK,
     SMALL,
     O,
     P,
     R,
+    assert_same_scores,
     cache,  # noqa: F401  a fixture
     code,
-    numbers,
+    records_of,
     roles_and_visible,
     run,
-    same_scores,
     same_weights,
     section,
     stock_log_probs,
@@ -217,7 +217,7 @@ def test_scores_and_gradients_are_those_of_stock_calls(family):
     assert (roles == P).any(dim=1).all()
     assert (roles == R).any(dim=1).all()
     cases = [(prompts, rollout, None), (corrupted, written, None), (prompts, written, visible)]
-    same_scores(policy, cases, atol=3e-4, cut=True)  # hidden tokens are gone, not masked
+    assert_same_scores(policy, cases, atol=3e-4, cut=True)  # hidden tokens are gone, not masked
 
 
 @torch.no_grad()
@@ -324,7 +324,7 @@ def test_training_with_less_memory_is_the_same_training(tmp_path):
     argv = [*QUICK, *SMALL, "--steps", "2", "--warmup-steps", "0"]
     run(tmp_path / "plain", *argv)
     run(tmp_path / "again", *argv, "--recompute")
-    assert numbers(tmp_path / "plain") == numbers(tmp_path / "again")
+    assert records_of(tmp_path / "plain") == records_of(tmp_path / "again")
 
 
 def test_the_attention_that_a_folder_asks_for_does_not_change_what_is_sampled(tmp_path):

@@ -17,12 +17,13 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
+from test_errors import complaint  # noqa: E402
 from test_real_models import hub_folder  # noqa: E402
 
 import data  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
-from test_srpo import QUICK, SMALL, cache, complaint, jsonl, numbers, run  # noqa: E402, F401
+from test_srpo import QUICK, SMALL, cache, jsonl, records_of, run  # noqa: E402, F401
 
 COLD = ["--warmup-steps", 0, "--eval-size", 4, "--eval-every", 0, "--max-new-tokens", 32]
 
@@ -368,7 +369,7 @@ def test_other_data_on_resume_is_refused(jsonl, tmp_path, capsys):  # noqa: F811
     path.write_text("\n".join([*lines[1:], lines[0]]) + "\n")
     said = complaint_after_notes(capsys, "--resume", out, "--steps", 3)
     assert f"--data {path}: has changed since the run began" in said
-    assert [record["step"] for record in numbers(out)][-1] == 2
+    assert [record["step"] for record in records_of(out)][-1] == 2
 
 
 def test_a_run_that_never_began_leaves_its_name_to_another(jsonl, tmp_path):  # noqa: F811
