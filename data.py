@@ -200,7 +200,7 @@ def draw_example(
         args = rng.choice([*COLORS, *SHAPES], 2, replace=False).tolist()
         if task == "count":
             args = args[:1]
-        # As many objects match the question as a uniform draw says, so that no count is common.
+        # A uniform draw says how many objects match: every count from 1 to n is equally likely.
         n_matching = int(rng.integers(1, n + 1))
         matching = [kind for kind in kinds if args[0] in kind]
         others = [kind for kind in kinds if args[0] not in kind]
@@ -350,7 +350,7 @@ def _as_number(text: str) -> Fraction | None:
         return None
     if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?", text):
         text = text.replace(",", "")
-    if not re.fullmatch(r"[+-]?(\d+|(\d+|\d*\.\d+)(e-\d\d)?|\d+/0*[1-9]\d*)", text):
+    if not re.fullmatch(r"[+-]?(\d+|(\d+|\d*\.\d+)(e[+-]?\d\d?)?|\d+/0*[1-9]\d*)", text):
         return None
     return Fraction(text)
 
@@ -444,7 +444,6 @@ class OwnTask:
                     raise InputError(f"{example.source}: {problem}")
             digests.append({hashlib.sha256(file).hexdigest() for file in files})
             self.prompts.append((example, [image.size for image in loaded.images]))
-        self.answers = [example.answer for _, example in rows]
         images = sorted(set().union(*digests))
         content = [example.row for _, example in rows]
         content += [sorted(row_images) for row_images in digests]
@@ -508,7 +507,7 @@ class OwnTask:
                 raise InputError(f"{source}: take the image placeholder out of the {name}")
         if question.count(IMAGE_MARK) not in (0, len(images)):
             raise InputError(f"{source}: give {len(images)} {IMAGE_MARK} marks, or none")
-        if re.search(r"</?answer>|#### |\\boxed.*\\boxed", answer, re.DOTALL):
+        if re.search(rf"</?{TAGS.answer}>|#### |\\boxed.*\\boxed", answer, re.DOTALL):
             raise InputError(f"{source}: give the answer alone, not {shown(answer)}")
         if not answers_match(answer, answer):
             raise InputError(f"{source}: the answer {answer!r} is blank")

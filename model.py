@@ -89,7 +89,7 @@ class Rollout:
     prompt: Tensor  # [B], which prompt each row answers
     prompt_cache: PromptCache | None = None  # of all prompts, by the policy that sampled
 
-    def __getitem__(self, rows: Tensor) -> "Rollout":
+    def __getitem__(self, rows: Tensor | slice) -> "Rollout":
         per_row = (self.ids, self.mask, self.logp, self.entropy, self.prompt)
         return Rollout(*[x[rows] for x in per_row], self.prompt_cache)
 
@@ -257,13 +257,12 @@ class Policy:
         positions = self._response_positions(prompts, prompt, torch.ones_like(mask))  # [3, B, T]
         alive = torch.ones(B, dtype=torch.bool, device=self.device)
         eos = torch.tensor(self.eos, device=self.device)
-        numbers = B * self.model.config.get_text_config().hidden_size
         # Autocast is around all of it, so that weights are cast once.
         with self._autocast():
             prompt_cache = self.read_prompts(prompts, torch.arange(N, device=self.device))
             cache = sampling_cache(prompt_cache.keys_and_values, prompt, max_new_tokens, self.dtype)
             state = prompt_cache.last_state[prompt]  # [B, H]
-            with threads_for(numbers):
+            with threads_for(B * self.model.config.get_text_config().hidden_size):
                 for t in range(T):
                     logprobs = self._log_softmax(state, temperature)  # [B, V]
                     probabilities = logprobs.exp()
@@ -519,7 +518,7 @@ def _recomputed(forward, index: int, hidden: Tensor, *, past_key_values: Cache, 
     layer_before = past_key_values.layers[index]
 
     def compute(hidden):
-        if isinstance(past_key_values, DynamicCache):  # of prompts: it is filled on the way
+        if isinstance(past_key_values, DynamicCache):  # of prompts being read: filled on the way
             past_key_values.layers[index] = copy.deepcopy(layer_before)
         return forward(hidden, past_key_values=past_key_values, **inputs)
 

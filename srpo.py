@@ -158,10 +158,10 @@ def token_weights(
         w, [B, T] float32 (float64 for float64), with mean 1 over a response's scored tokens, so
         that it keeps its total advantage; 1 at OTHER tokens, and everywhere in a response that
         lacks perception or reasoning tokens or has a contrast that is not finite (step 9).
-    Raises ValueError: the shapes differ; tau or w_min below 1e-15, w_max above 1e15 or below w_min.
+    Raises ValueError: the shapes differ; a number is not within 1e-15 and 1e15; w_min > w_max.
     """
     _check_same_shape(delta=delta, roles=roles)
-    if not (tau >= 1e-15 and 1e-15 <= w_min <= w_max <= 1e15):  # their ratio fits float32
+    if not (1e-15 <= tau <= 1e15 and 1e-15 <= w_min <= w_max <= 1e15):  # ratios fit float32
         limits = f"tau={tau}, w_min={w_min}, w_max={w_max}"
         raise ValueError(f"need tau > 0 and 0 < w_min <= w_max, all finite, got {limits}")
     delta = _at_least_float32(delta.detach())
@@ -190,7 +190,7 @@ def role_aware_advantages(advantages: Tensor, weights: Tensor, lam: float = 1.0)
     """
     if not 0 <= lam <= 1:
         raise ValueError(f"lam must lie in [0, 1], got {lam}")
-    A = _per_token("advantages", advantages.detach(), weights)  # [B, T]
+    A = _per_token(advantages.detach(), weights)  # [B, T]
     w = _at_least_float32(weights.detach())  # [B, T]
     return A * ((1 - lam) + lam * w)  # [B, T], step 7
 
@@ -227,7 +227,7 @@ def policy_loss(
     is_response = mask != 0
     if denominator is None:
         denominator = is_response.sum().clamp(min=1)
-    A_hat = _per_token("advantages", advantages.detach(), logp)
+    A_hat = _per_token(advantages.detach(), logp)
     A_hat = A_hat.masked_fill(~is_response, 0)  # [B, T]; padding may hold anything
     log_rho = _at_least_float32(logp) - _at_least_float32(old_logp.detach())
     log_rho = log_rho.masked_fill(~is_response, 0)
@@ -414,14 +414,14 @@ def _mean_over(x: Tensor, where: Tensor) -> Tensor:
     return total / where.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def _per_token(name: str, x: Tensor, like: Tensor) -> Tensor:
-    """[B] or [B, T] -> a view [B, T], float32 or better."""
-    if x.dim() == 1:
-        x = x[:, None]
-    fits = x.dim() == 2 and x.shape[0] == like.shape[0] and x.shape[1] in (1, like.shape[-1])
+def _per_token(A: Tensor, like: Tensor) -> Tensor:
+    """Advantages [B] or [B, T] -> a view [B, T], float32 or better."""
+    if A.dim() == 1:
+        A = A[:, None]
+    fits = A.dim() == 2 and A.shape[0] == like.shape[0] and A.shape[1] in (1, like.shape[-1])
     if like.dim() != 2 or not fits:
-        raise ValueError(f"{name} {list(x.shape)} do not fit [B, T] = {list(like.shape)}")
-    return _at_least_float32(x).expand(like.shape)
+        raise ValueError(f"advantages {list(A.shape)} do not fit [B, T] = {list(like.shape)}")
+    return _at_least_float32(A).expand(like.shape)
 
 
 def _check_same_shape(**tensors: Tensor) -> None:

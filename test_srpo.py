@@ -942,7 +942,7 @@ def sampled_and_weighed(policy, args, task):
     examples = task.train_batch(0, 4)
     prompts = policy.encode(examples)
     corrupted_prompts = policy.encode(train.corrupted_copies(examples, policy, args, step=1))
-    rng = train.generator(args, step=1)
+    rng = train.generator(args, 1)
     rollout = policy.sample(prompts, 4, max_new_tokens=48, temperature=0.7, generator=rng)
     responses = policy.decode(rollout)
     roles = train.response_roles(responses, rollout)

@@ -184,9 +184,9 @@ def train(args: argparse.Namespace, run: "Run") -> None:
     summarize(run)
 
 
-def generator(args, step: int, purpose: int = 0) -> torch.Generator:
+def generator(args, index: int, purpose: int = 0) -> torch.Generator:
     """Random numbers of one step; with purpose 1, of one batch of an evaluation."""
-    seed = np.random.SeedSequence((args.seed, step, purpose)).generate_state(1, np.uint64)[0]
+    seed = np.random.SeedSequence((args.seed, index, purpose)).generate_state(1, np.uint64)[0]
     return torch.Generator(args.device).manual_seed(int(seed >> np.uint64(1)))
 
 
@@ -200,7 +200,7 @@ def response_roles(responses: list, rollout) -> Tensor:
     """[B, T] of `Role` values, from the text and the token offsets of each response."""
     roles = torch.zeros(rollout.ids.shape, dtype=torch.long)
     for row, (text, offsets) in enumerate(responses):
-        roles[row, : len(offsets)] = token_roles(text, offsets)
+        roles[row, : len(offsets)] = token_roles(text, offsets, data.TAGS)
     return roles.to(rollout.ids.device)
 
 
@@ -223,8 +223,8 @@ def score(policy, prompts, rollout, args, visible=None, prompt_cache=None) -> Te
     logp = torch.zeros_like(rollout.logp)
     for start in range(0, len(logp), args.micro_batch):
         rows = slice(start, start + args.micro_batch)
-        context = (args.temperature, visible[rows], prompt_cache)
-        logp[rows] = policy.log_probs(prompts, rollout[rows], *context)
+        part = rollout[rows]
+        logp[rows] = policy.log_probs(prompts, part, args.temperature, visible[rows], prompt_cache)
     return logp
 
 
@@ -327,10 +327,7 @@ def say_trouble(history: list[dict]) -> None:
 
 
 def evaluate(policy, examples: Iterable, judge, args, step: int) -> dict:
-    """Record of a response to each example, at --eval-temperature.
-
-    A batch of questions is always asked with the same random numbers, whatever was answered before.
-    """
+    """Record of a response to each example. A batch has the same random numbers each time."""
     limits = {"max_new_tokens": args.max_new_tokens, "temperature": args.eval_temperature}
     verdicts = []
     samples = []
@@ -399,9 +396,9 @@ def build_task(args, judge=None):
         options = {"system": args.system, "eval_all": args.eval_all, "judge": judge}
         task = data.OwnTask(args.data, args.seed, **options)
         if not args.reward:
-            note_hard_answers(task.answers)
-        if len(task.eval_rows) > 0.3 * len(task.answers) and not args.eval_all:
-            shares = f"{len(task.eval_rows)} of {len(task.answers)} rows are held out"
+            note_hard_answers([example.answer for example, _ in task.prompts])
+        if len(task.eval_rows) > 0.3 * len(task.prompts) and not args.eval_all:
+            shares = f"{len(task.eval_rows)} of {len(task.prompts)} rows are held out"
             print(f"note: {shares}, as rows that share an image stay together", file=sys.stderr)
         return task
     task = drawn_task(args)
@@ -616,11 +613,12 @@ def cache_folder(run: "Run") -> Path:
 
 
 def imitate(policy, parameters: list, demonstrations, n: int, args) -> Iterator[int]:
-    """Supervised steps on n demonstrations each, in the last fifth with --warmup-noise.
+    """Supervised steps on n demonstrations each. Yields the number of each step when it is done.
 
-    Yields the number of each step when it is done, so that the caller may look and stop.
+    The rate rises over a sixteenth of the steps, and falls to a tenth of --warmup-lr at four
+    fifths of them. From there on the demonstrations of a drawn task have --warmup-noise.
     """
-    options = {"lr": 1.0, "betas": (0.9, 0.95), "weight_decay": 0.01, "fused": True}
+    options = {"lr": args.warmup_lr, "betas": (0.9, 0.95), "weight_decay": 0.01, "fused": True}
     optimizer = torch.optim.AdamW(parameters, **options)
     scaler = gradient_scaler(args)
     true_steps = args.warmup_steps * 4 // 5
@@ -631,7 +629,7 @@ def imitate(policy, parameters: list, demonstrations, n: int, args) -> Iterator[
         optimizer.param_groups[0]["lr"] = args.warmup_lr * min(1, ramp, decay)
         noise = args.warmup_noise if step >= true_steps else 0.0
         rng = np.random.default_rng((args.seed, step, 3))
-        examples = demonstrations.train_batch(10**6 + step, n)  # not those of RL
+        examples = demonstrations.train_batch(10**6 + step, n)  # RL never gets so far
         prompts = policy.encode(examples)
         written = policy.as_rollout([demonstrate(example, noise, rng) for example in examples])
         for start in range(0, len(examples), args.micro_batch):
@@ -681,12 +679,12 @@ class Run:
         beside.write_text(json.dumps(options, indent=1) + "\n", encoding="utf-8")
         beside.replace(self.path / "args.json")
 
-    def argv(self) -> list[str]:
-        """The options that it was started with, to be checked again, in the folder of that time."""
+    def go_back(self) -> list[str]:
+        """Change to the folder in which it was begun; the options that it was begun with."""
         with blame(f"--resume {self.path}: not the folder of a run"):
             options = json.loads((self.path / "args.json").read_text(encoding="utf-8"))
             argv = []
-            for name in (*PRESETS, "lora", "dtype"):  # what is left out may mean another by now
+            for name in (*PRESETS, "lora", "dtype"):  # left out, they may mean another value by now
                 if options.get(name) is not None:
                     argv += [f"--{name.replace('_', '-')}", str(options[name])]
             argv += [str(word) for word in options["argv"]]
@@ -773,13 +771,16 @@ class Run:
 def write_folder(folder: Path, fill) -> None:
     """Make `folder` whole or leave it as it is: `fill` writes beside it, then it is renamed."""
     beside = folder.with_name(f"{folder.name}.tmp")
+    before = folder.with_name(f"{folder.name}.old")
     shutil.rmtree(beside, ignore_errors=True)  # left by a process that was killed
     try:
         with blame(f"{folder}: cannot be written"):
             beside.mkdir(parents=True)
             fill(beside)
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder.exists():
+                folder.rename(before)
             beside.rename(folder)
+            shutil.rmtree(before, ignore_errors=True)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -800,9 +801,10 @@ def filled(text: str) -> str:
 
 def number(kind, low, high=10**12):
     def number(text):  # argparse complains by this name
-        if not low <= kind(text) <= high:
+        value = kind(text)
+        if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text}: from {low} to {high}")
-        return kind(text)
+        return value
 
     return number
 
@@ -945,7 +947,7 @@ def open_run(argv: list[str]) -> tuple[argparse.Namespace, Run]:
         for option in sorted(given - {"--resume", "--steps", "--micro-batch"}):
             said = f"not with --resume, which takes the options of {args.resume}"
             raise InputError(f"{option}: {said}")
-        words = [*run.argv(), *argv]
+        words = [*run.go_back(), *argv]
         args = resolve_options(words)
         run.rewind()
         if args.steps < run.steps_done():
@@ -1006,10 +1008,6 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except (InputError, OSError) as error:
         said = str(error)  # not the error, which would keep the run, and its lock
-        if run is not None and not args.resume:
-            run.discard()
-        if run is not None and run.checkpoint() is not None:
-            said += f"; the last checkpoint is {run.checkpoint()}"
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if not is_out_of_memory(error):
             raise
@@ -1017,6 +1015,10 @@ def main(argv: list[str] | None = None) -> int:
         said = f"out of memory: {ways}, or give --recompute or --lora 16"
         if "fragmentation" in str(error):
             said += "; PYTORCH_ALLOC_CONF=expandable_segments:True may help, too"
+    if run is not None and not args.resume:
+        run.discard()
+    if run is not None and run.checkpoint() is not None:
+        said += f"; the last checkpoint is {run.checkpoint()}"
     print(f"error: {said}", file=sys.stderr)
     return 2
 

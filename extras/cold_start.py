@@ -4,11 +4,13 @@
     python train.py --model cold                 SRPO from there
     python train.py --model cold --algo grpo     and the baseline, from the same start
 
-It imitates perfect responses to a drawn task, or with --demonstrations FILE your own rows: those of
---data with a `response`. Rows with an image that train.py holds out of --data are not shown.
+It imitates perfect responses to a drawn task, or your own: --demonstrations FILE has rows as for
+--data, each with a `response`, too. Give --data as well if you train on another file: rows with an
+image that train.py will hold out of it, byte by byte, are not shown.
 
-Every ten steps it samples 16 responses and ends when all of them have the form. With
---train-vision it makes all its steps: a vision tower is to learn more than the form.
+Every ten steps it samples 16 responses, and ends when all of them have the form. With
+--train-vision it makes all its steps: a vision tower is to learn more than the form. Ctrl-C keeps
+nothing.
 """
 
 import argparse
@@ -24,7 +26,7 @@ from tqdm import tqdm  # noqa: E402
 
 import data  # noqa: E402
 import train  # noqa: E402
-from data import InputError  # noqa: E402
+from data import InputError, blame  # noqa: E402
 
 # Options of train.py that have a part here.
 OPTIONS = "--model --data --system --task --lora --prompts --max-new-tokens --train-vision --seed"
@@ -36,7 +38,7 @@ def options(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.Namesp
     parser = train.Parser(
         allow_abbrev=False,
         description="A model imitates demonstrations until it writes the three blocks.",
-        epilog=f"And of train.py: {OPTIONS}",
+        epilog=f"And of train.py, whose --help explains them: {OPTIONS}",
     )
     positive = train.number(float, 1e-12, 1e12)
     count = train.number(int, 1, 10**6)
@@ -48,6 +50,8 @@ def options(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.Namesp
     add("--lr", type=positive, help="learning rate (default: 5e-5, with adapters 2e-4)")
     mine, others = parser.parse_known_args(argv)
     args = credit.resolve_options(others, OPTIONS, "cold_start.py")
+    if args.model == "tiny":
+        raise InputError("--model: give a folder or a hub name; train.py warms the tiny one up")
     if mine.lr is None:
         mine.lr = 2e-4 if args.lora else 5e-5
     args.warmup_steps = mine.steps
@@ -57,19 +61,46 @@ def options(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.Namesp
     return mine, args
 
 
-def read_demonstrations(path: str | None, task, args):
-    """The task to imitate: rows of a file, all with a response, or the drawn one.
+def claim(path: str) -> Path:
+    """The folder to write to, made now: what cannot be written is said before the first step."""
+    folder = Path(path)
+    with blame(f"--out {folder}: cannot be used"):
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise InputError(f"--out {folder}: not empty; give a new folder")
+    return folder
 
-    The drawn one also beside --data, whose rows need not show a response.
+
+def read_tasks(path: str | None, args) -> tuple:
+    """What is imitated, and what the form is looked for in.
+
+    Without rows of your own the drawn task is imitated, also beside --data, whose rows need not
+    show a response.
     """
+    asked = train.build_task(args)
     if path is None:
-        return train.drawn_task(args)
-    rows = {"system": args.system, "held_out": task.held_out}
+        return train.drawn_task(args), asked
+    rows = {"system": args.system}
+    if args.data:
+        rows["held_out"] = asked.held_out
     demonstrations = data.OwnTask(path, args.seed, **rows)
     for _, example in demonstrations.train_rows:
         if not example.response:
             raise InputError(f"{example.source}: needs a response, to be imitated")
-    return demonstrations
+    if not args.data:
+        asked = demonstrations
+    return demonstrations, asked
+
+
+def check_lengths(policy, demonstrations, args) -> None:
+    """InputError where a demonstration is longer than what the model may write."""
+    if isinstance(demonstrations, data.DrawnTask):
+        return
+    for _, example in demonstrations.train_rows:
+        length = len(policy.tokenizer(example.response)["input_ids"]) + 1  # and EOS
+        if length > args.max_new_tokens:
+            said = f"the response has {length} tokens; raise --max-new-tokens {args.max_new_tokens}"
+            raise InputError(f"{example.source}: {said}")
 
 
 def count_with_form(policy, task, args, step: int) -> int:
@@ -80,29 +111,30 @@ def count_with_form(policy, task, args, step: int) -> int:
 
 
 def make(argv: list[str] | None) -> None:
+    transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     mine, args = options(argv)
-    out = Path(mine.out)
-    if any(out.glob("*")):
-        raise InputError(f"--out {out}: not empty; give a new folder")
-    task = train.build_task(args)
-    demonstrations = read_demonstrations(mine.demonstrations, task, args)
+    out = claim(mine.out)
+    demonstrations, asked = read_tasks(mine.demonstrations, args)
     policy = train.load_policy(args, args.model)
     parameters = train.trainable(policy, args)
-    train.check_prompts(policy, task, args)
+    train.check_prompts(policy, asked, args)
+    check_lengths(policy, demonstrations, args)
     for step in train.imitate(policy, parameters, demonstrations, args.prompts, args):
         last = step == mine.steps
-        if not last and (step % 10 != 0 or args.train_vision):
+        if not last and step % 10 != 0:
             continue
-        formed = count_with_form(policy, task, args, step)
+        formed = count_with_form(policy, asked, args, step)
         said = f"step {step}: {formed} of 16 sampled responses have the form"
         if last and formed < 8:
             said += "; raise --steps, --lr, or --max-new-tokens if they are cut off"
         tqdm.write(said, file=sys.stderr)
-        if formed == 16:
+        if formed == 16 and not args.train_vision:
             break
-    train.write_folder(out, policy.save)
-    print(f"go on with: python train.py --model {out}")
+    with blame(f"{out}: cannot be written"):
+        policy.save(out)
+    same = "with the same --data, --task, --system, --image-size and --max-new-tokens"
+    print(f"go on {same}: python train.py --model {out}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -132,7 +132,7 @@ def finished(folder: Path) -> tuple[argparse.Namespace, model.Policy, int]:
     if not set(known) <= set(options):
         raise InputError(f"{folder}: made by an earlier version, so nothing can be sampled")
     args = argparse.Namespace(**options)
-    train.Run(folder).argv()  # changes the working folder
+    train.Run(folder).go_back()
     if not torch.cuda.is_available():
         args.device = "cpu"
     transformers.utils.logging.disable_progress_bar()

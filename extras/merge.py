@@ -37,7 +37,7 @@ def find_checkpoint(path: Path) -> Path:
     """
     for folder in (path, path.parent):
         if (folder / "args.json").exists():
-            train.Run(folder).argv()  # changes the working folder
+            train.Run(folder).go_back()
             break
     if (path / "args.json").exists():
         checkpoint = train.Run(path).checkpoint()

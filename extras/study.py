@@ -181,7 +181,7 @@ def run(job: tuple[str, str, int, str, Path, str]) -> dict:
 def last_evaluations(folder: Path) -> list[dict]:
     """Of a run's last policy: as it is, with every image painted over, with another question's."""
     run = train.Run(folder)
-    args = train.resolve_options(run.argv())
+    args = train.resolve_options(run.go_back())
     policy = train.load_policy(args, run.checkpoint())
     examples = list(train.build_task(args).eval_set(FINAL))
     painted = []

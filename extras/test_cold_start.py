@@ -24,14 +24,21 @@ import train  # noqa: E402
 from test_srpo import cache, jsonl, run  # noqa: E402, F401
 
 FORM = "<perception> red</perception><reasoning> so</reasoning><answer> 1</answer>"
-TINY = ["--device", "cpu", "--max-new-tokens", 48]  # its words, but random weights
-SMALL = [*TINY, "--prompts", 2]
+CPU = ["--device", "cpu", "--max-new-tokens", 48]
 
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     """A small Qwen2-VL in the layout of the hub."""
     return hub_folder(tmp_path_factory.mktemp("hub"), "Qwen2VLConfig")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Options for a folder with the tiny model's words and random weights, two prompts a step."""
+    folder = tmp_path_factory.mktemp("random")
+    model.build_tiny().save(folder)
+    return [*CPU, "--model", str(folder), "--prompts", 2]
 
 
 def begin(out, *argv):
@@ -82,11 +89,11 @@ def test_a_cold_start_teaches_any_model_the_form(hub, lora, tmp_path):
         pytest.importorskip("peft", reason="pip install peft")
     cold = tmp_path / "cold"
     options = ["--steps", 150, "--prompts", 8, "--lr", 3e-3, "--image-size", 48]
-    begin(cold, "--model", hub, *TINY, *options, "--max-new-tokens", 90, *lora)
+    begin(cold, "--model", hub, *CPU, *options, "--max-new-tokens", 90, *lora)
     assert likelihood(cold) > likelihood(hub) + 1
     assert not list(tmp_path.glob("*.tmp"))
 
-    argv = ["--model", cold, *TINY, "--image-size", 48, "--max-new-tokens", 90, "--kl-coef", 0.1]
+    argv = ["--model", cold, *CPU, "--image-size", 48, "--max-new-tokens", 90, "--kl-coef", 0.1]
     argv += ["--group-size", 2, "--eval-size", 16, "--eval-every", 0, "--steps", 1]
     (start, _), (step,) = run(tmp_path / "out", *argv)
     if not lora:
@@ -94,17 +101,17 @@ def test_a_cold_start_teaches_any_model_the_form(hub, lora, tmp_path):
     assert step["kl"] == pytest.approx(0, abs=1e-6)  # the reference has had its cold start, too
 
 
-def test_demonstrations_of_your_own_are_imitated(jsonl, tmp_path):  # noqa: F811
+def test_demonstrations_of_your_own_are_imitated(small, jsonl, tmp_path):  # noqa: F811
     path = jsonl(lines=rows_with(FORM))
     options = ["--data", path, "--demonstrations", path, "--prompts", 24, "--steps", 40]
-    begin(tmp_path / "cold", *TINY, *options, "--lr", 2e-3)
-    argv = ["--model", tmp_path / "cold", *TINY, "--data", path, "--steps", 0]
+    begin(tmp_path / "cold", *small, *options, "--lr", 2e-3)
+    argv = ["--model", tmp_path / "cold", *CPU, "--data", path, "--steps", 0]
     (only,), steps = run(tmp_path / "out", *argv)
     assert steps == []
     assert FORM in [sample["response"] for sample in only["samples"]]
 
 
-def test_beside_your_data_the_drawn_task_is_imitated(jsonl, tmp_path, monkeypatch):  # noqa: F811
+def test_beside_your_data_the_drawn_task_is_imitated(small, jsonl, tmp_path, monkeypatch):  # noqa: F811
     imitated = []
     demonstrate = train.demonstrate
 
@@ -113,7 +120,7 @@ def test_beside_your_data_the_drawn_task_is_imitated(jsonl, tmp_path, monkeypatc
         return demonstrate(example, *args)
 
     monkeypatch.setattr(train, "demonstrate", noted)
-    begin(tmp_path / "cold", *SMALL, "--data", jsonl(), "--steps", 2)
+    begin(tmp_path / "cold", *small, "--data", jsonl(), "--steps", 2)
     assert len(imitated) == 4
     assert all(example.scene is not None for example in imitated)
 
@@ -121,11 +128,11 @@ def test_beside_your_data_the_drawn_task_is_imitated(jsonl, tmp_path, monkeypatc
 def test_layers_are_recomputed_there_too(hub, tmp_path, monkeypatch):
     recomputed = []
     monkeypatch.setattr(model, "recompute_layers", recomputed.append)
-    begin(tmp_path / "cold", "--model", hub, *SMALL, "--steps", 1, "--recompute")
+    begin(tmp_path / "cold", "--model", hub, *CPU, "--prompts", 2, "--steps", 1, "--recompute")
     assert len(recomputed) == 1
 
 
-def test_the_system_text_begins_every_chat(tmp_path, monkeypatch):
+def test_the_system_text_begins_every_chat(small, tmp_path, monkeypatch):
     seen = []
     chat = model.Policy._chat
 
@@ -134,7 +141,7 @@ def test_the_system_text_begins_every_chat(tmp_path, monkeypatch):
         return chat(policy, example, n_images)
 
     monkeypatch.setattr(model.Policy, "_chat", listening)
-    begin(tmp_path / "cold", *SMALL, "--system", "Be kind.", "--steps", 2)
+    begin(tmp_path / "cold", *small, "--system", "Be kind.", "--steps", 2)
     assert len(seen) > 4
     assert set(seen) == {"Be kind."}
 
@@ -143,10 +150,11 @@ def test_the_system_text_begins_every_chat(tmp_path, monkeypatch):
 
 
 def test_it_says_how_many_responses_have_the_form(hub, tmp_path, capsys):
-    begin(tmp_path / "cold", "--model", hub, *SMALL, "--steps", 2)
+    begin(tmp_path / "cold", "--model", hub, *CPU, "--prompts", 2, "--steps", 2)
     said = capsys.readouterr()
     assert "step 2: 0 of 16 sampled responses have the form; raise --steps, --lr" in said.err
-    assert said.out == f"go on with: python train.py --model {tmp_path / 'cold'}\n"
+    assert said.out.startswith("go on with the same --data, ")
+    assert said.out.endswith(f": python train.py --model {tmp_path / 'cold'}\n")
 
 
 def learns_by_and_by(monkeypatch, shares) -> None:
@@ -161,21 +169,21 @@ def learns_by_and_by(monkeypatch, shares) -> None:
     monkeypatch.setattr(train, "evaluate", with_shares)
 
 
-def test_it_ends_when_the_form_is_learned(tmp_path, capsys, monkeypatch):
+def test_it_ends_when_the_form_is_learned(small, tmp_path, capsys, monkeypatch):
     learns_by_and_by(monkeypatch, iter([0.2, 1.0]))
-    begin(tmp_path / "cold", *SMALL, "--steps", 50)
+    begin(tmp_path / "cold", *small, "--steps", 50)
     said = capsys.readouterr().err
     assert "step 10: 3 of 16 sampled responses have the form\n" in said
     assert "step 20: 16 of 16 sampled responses have the form\n" in said
     assert "step 30" not in said
 
 
-def test_a_vision_tower_learns_to_the_end(tmp_path, capsys, monkeypatch):
-    learns_by_and_by(monkeypatch, iter([1.0]))
-    begin(tmp_path / "cold", *SMALL, "--steps", 12, "--train-vision")
+def test_a_vision_tower_learns_to_the_end(small, tmp_path, capsys, monkeypatch):
+    learns_by_and_by(monkeypatch, iter([1.0, 1.0]))
+    begin(tmp_path / "cold", *small, "--steps", 12, "--train-vision")
     said = capsys.readouterr().err
+    assert "step 10: 16 of 16 sampled responses have the form\n" in said
     assert "step 12: 16 of 16 sampled responses have the form\n" in said
-    assert "step 10:" not in said
 
 
 # ---- what is refused, before the first step
@@ -185,23 +193,23 @@ def test_a_vision_tower_learns_to_the_end(tmp_path, capsys, monkeypatch):
     ("response", "said"),
     [("<answer>1</answer>", "lacks the form"), ("", "needs a response"), (7, "lacks the form")],
 )
-def test_demonstrations_that_show_nothing_are_named(response, said, jsonl, tmp_path, capsys):  # noqa: F811
+def test_demonstrations_that_show_nothing_are_named(small, response, said, jsonl, tmp_path, capsys):  # noqa: F811
     path = jsonl(lines=rows_with(response))
-    argv = [*SMALL, "--demonstrations", path, "--out", tmp_path / "cold"]
+    argv = [*small, "--demonstrations", path, "--out", tmp_path / "cold"]
     message = complaint(capsys, *argv)
     assert "rows.jsonl:" in message
     assert said in message
 
 
-def test_a_row_without_a_response_is_named(jsonl, tmp_path, capsys):  # noqa: F811
+def test_a_row_without_a_response_is_named(small, jsonl, tmp_path, capsys):  # noqa: F811
     lines = rows_with(FORM)
     lines[19] = json.dumps({"image": "9.png", "question": "q?", "answer": 1})
     path = jsonl(lines=lines)
-    said = complaint(capsys, *SMALL, "--demonstrations", path, "--out", tmp_path / "cold")
+    said = complaint(capsys, *small, "--demonstrations", path, "--out", tmp_path / "cold")
     assert f"{path}:20: needs a response, to be imitated" in said
 
 
-def test_rows_that_are_held_out_need_no_response(jsonl, tmp_path):  # noqa: F811
+def test_rows_that_are_held_out_need_no_response(small, jsonl, tmp_path):  # noqa: F811
     rows = [{"image": f"{i}.png", "question": "q?", "answer": 1} for i in range(10)]
     task = data.OwnTask(jsonl(lines=[json.dumps(row) for row in rows]))
     trained = [example.source for _, example in task.train_rows]
@@ -209,7 +217,7 @@ def test_rows_that_are_held_out_need_no_response(jsonl, tmp_path):  # noqa: F811
         if f"{task.path}:{number}" in trained:
             row["response"] = FORM
     path = jsonl(lines=[json.dumps(row) for row in rows])
-    argv = [*SMALL, "--demonstrations", path, "--data", path, "--steps", 1]
+    argv = [*small, "--demonstrations", path, "--data", path, "--steps", 1]
     begin(tmp_path / "cold", *argv)
     assert (tmp_path / "cold/config.json").exists()
 
@@ -220,20 +228,35 @@ def test_images_that_are_held_out_are_not_imitated(jsonl, tmp_path):  # noqa: F8
     held_out = {Path(names[0]).name for names, _ in task.eval_rows}
     path = tmp_path / "demonstrations.jsonl"
     path.write_text("\n".join(json.dumps({**row, "response": FORM}) for row in rows) + "\n")
-    args = train.resolve_options(["--device", "cpu"])
-    demonstrations = cold_start.read_demonstrations(str(path), task, args)
+    args = train.resolve_options(["--device", "cpu", "--data", str(task.path)])
+    demonstrations, asked = cold_start.read_tasks(str(path), args)
     imitated = {Path(names[0]).name for names, _ in demonstrations.train_rows}
     assert len(held_out) == 1
     assert imitated == {f"{i}.png" for i in range(10)} - held_out
+    assert asked.path == task.path
 
 
-def test_a_response_without_room_is_said_first(tmp_path, capsys):
-    said = complaint(capsys, *SMALL, "--max-new-tokens", 5000, "--out", tmp_path / "cold")
+def test_demonstrations_alone_hold_out_what_training_on_them_will(jsonl):  # noqa: F811
+    path = jsonl(lines=rows_with(FORM))
+    args = train.resolve_options(["--device", "cpu"])
+    demonstrations, asked = cold_start.read_tasks(str(path), args)
+    assert demonstrations.held_out == data.OwnTask(path).held_out != set()
+    assert asked is demonstrations  # the form is looked for in responses to these questions
+
+
+def test_a_response_without_room_is_said_first(small, tmp_path, capsys):
+    said = complaint(capsys, *small, "--max-new-tokens", 5000, "--out", tmp_path / "cold")
     assert "exceed the model's 1024" in said
-    assert not (tmp_path / "cold").exists()
 
 
-def test_a_rate_that_diverges_is_named(tmp_path, capsys, monkeypatch):
+def test_a_demonstration_longer_than_a_response_is_named(small, jsonl, tmp_path, capsys):  # noqa: F811
+    path = jsonl(lines=rows_with(data.respond("red " * 60, "so", "1")))
+    said = complaint(capsys, *small, "--demonstrations", path, "--out", tmp_path / "cold")
+    assert "rows.jsonl:" in said
+    assert "tokens; raise --max-new-tokens 48" in said
+
+
+def test_a_rate_that_diverges_is_named(small, tmp_path, capsys, monkeypatch):
     load = train.load_policy
 
     def broken(args, name):
@@ -243,7 +266,7 @@ def test_a_rate_that_diverges_is_named(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(train, "load_policy", broken)
     capsys.readouterr()
-    assert cold_start.main([*map(str, SMALL), "--out", str(tmp_path / "cold")]) == 2
+    assert cold_start.main([*map(str, small), "--out", str(tmp_path / "cold")]) == 2
     said = "error: step 1: the gradient is not finite: lower its learning rate"
     assert said in capsys.readouterr().err
 
@@ -251,20 +274,22 @@ def test_a_rate_that_diverges_is_named(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ("", "--out"),
-        ("--out ''", "--out"),
-        ("--out FULL", "not empty"),
-        ("--out NEW --demonstrations ''", "--demonstrations"),
-        ("--out NEW --demonstrations none.jsonl", "none.jsonl"),
-        ("--out NEW --steps 0", "--steps"),
-        ("--out NEW --lr fast", "--lr"),
-        ("--out NEW --tau 3", "--tau: has no part in cold_start.py"),
-        ("--out NEW --what", "--what"),
-        ("--out NEW --model ./none", "no such folder"),
+        ("--model M", "--out"),
+        ("--model M --out ''", "--out"),
+        ("--model M --out FULL", "not empty"),
+        ("--model M --out FULL/file", "cannot be used"),
+        ("--model M --out FULL/file/sub", "cannot be used"),
+        ("--out NEW", "--model: give a folder"),
+        ("--model M --out NEW --demonstrations ''", "--demonstrations"),
+        ("--model M --out NEW --demonstrations none.jsonl", "none.jsonl"),
+        ("--model M --out NEW --steps 0", "--steps"),
+        ("--model M --out NEW --lr fast", "--lr"),
+        ("--model M --out NEW --tau 3", "--tau: has no part in cold_start.py"),
+        ("--model M --out NEW --what", "--what"),
+        ("--model ./none --out NEW", "no such folder"),
     ],
 )
 def test_options_that_cannot_be_are_named(options, said, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     words = options.replace("FULL", str(tmp_path)).replace("NEW", str(tmp_path / "cold")).split()
     assert said in complaint(capsys, *[word.strip("'") for word in words])
-    assert not (tmp_path / "cold").exists()

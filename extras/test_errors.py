@@ -306,7 +306,7 @@ def test_columns_that_are_null_are_as_missing(jsonl):  # noqa: F811
 def test_numbers_keep_the_text_of_the_file(jsonl):  # noqa: F811
     line = '{"image": "2.png", "question": "q", "answer": 0.00001}'
     task = data.OwnTask(jsonl(line), eval_all=True)
-    assert "0.00001" in task.answers
+    assert "0.00001" in [example.answer for example, _ in task.prompts]
 
 
 def test_a_reward_sees_all_columns_and_imports_from_beside_it(jsonl, tmp_path):  # noqa: F811

@@ -104,6 +104,38 @@ def test_steps_without_a_spread_of_rewards_are_explained(tmp_path, capsys, monke
 # ---- the folder, and signals
 
 
+def test_memory_that_runs_out_leaves_the_name_to_another_try(tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(train, "prepare", full)
+    assert "out of memory" in complaint(capsys, *ONE, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("stopped_in", "left"), [("fill", "old"), ("rmtree", "new")])
+def test_a_folder_is_replaced_whole_or_not_at_all(stopped_in, left, tmp_path, monkeypatch):
+    folder = tmp_path / "best"
+    folder.mkdir()
+    (folder / "weights").write_text("old")
+    remove = train.shutil.rmtree
+
+    def rmtree(path, **options):
+        if stopped_in == "rmtree" and path.name == "best.old":
+            raise KeyboardInterrupt
+        remove(path, **options)
+
+    def fill(path):
+        (path / "weights").write_text("new")
+        if stopped_in == "fill":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.shutil, "rmtree", rmtree)
+    with pytest.raises(KeyboardInterrupt):
+        train.write_folder(folder, fill)
+    assert (folder / "weights").read_text() == left
+
+
 def wait_for(out: Path, lines: int) -> None:
     deadline = time.monotonic() + 120
     while len(train.Run(out).log()) < lines:

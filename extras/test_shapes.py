@@ -68,6 +68,7 @@ def test_shapes_that_do_not_fit_are_named(batch):  # noqa: F811
         {"w_min": 0.0},
         {"w_min": 1e-320},
         {"w_max": math.inf},
+        {"tau": math.inf},
         {"w_min": 1e-30, "w_max": 1e30},  # a weight of 1e-60 would be 0
         {"w_min": 2.0, "w_max": 1.0},
     ],

@@ -138,7 +138,7 @@ def test_a_run_becomes_a_row_and_is_not_repeated(cache, tmp_path, monkeypatch):
     assert 0 < row["w_perception"] < 2 and row["w_perception"] != 1
     assert np.isnan(row["r_entropy"]) and row["seconds"] > 0
     assert row["perception"] > 0 and row["accuracy"] != row["swapped"]
-    args = train.resolve_options(train.Run(tmp_path / "count-contrast=k3-seed3").argv())
+    args = train.resolve_options(train.Run(tmp_path / "count-contrast=k3-seed3").go_back())
     assert args.weights.endswith("readings.py:k3") and (args.seed, args.w_max) == (3, 2)
     study.append(tmp_path / "study.csv", row)
 

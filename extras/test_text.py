@@ -6,12 +6,16 @@ pip install pytest, then python -m pytest -q extras/test_text.py
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+import data  # noqa: E402
+import train  # noqa: E402
 from srpo import Response, Tags, parse_response, text_and_offsets, token_bytes  # noqa: E402
 from test_srpo import GOOD, O, P, R, roles_of  # noqa: E402
 
@@ -92,6 +96,16 @@ def test_the_parser_searches_a_text_a_fixed_number_of_times(unit):
 def test_tags_can_be_renamed():
     found = parse_response("<see>a</see><think></think><say>c</say>", Tags("see", "think", "say"))
     assert found == Response((5, 6), (19, 19), (32, 33))
+
+
+def test_renamed_tags_are_those_of_the_loop_too(monkeypatch):
+    monkeypatch.setattr(data, "TAGS", Tags("see", "think", "say"))
+    text = data.respond("a", "b", "c")
+    assert text == "<see>a</see><think>b</think><say>c</say>"
+    characters = [(i, i + 1) for i in range(len(text))]
+    rollout = SimpleNamespace(ids=torch.zeros(1, len(text)))
+    roles = train.response_roles([(text, characters)], rollout)[0].tolist()
+    assert roles.count(P) == roles.count(R) == 1
 
 
 @pytest.mark.parametrize("names", ["aab", ("", "a", "b")])
