@@ -432,30 +432,31 @@ class OwnTask:
         self.path = Path(path)
         self.seed = seed
         self.system = system
-        rows = [self._parse(source, row) for source, row in read_json_lines(self.path)]
-        digests = []  # of each row, the hashes of its images
+        rows = read_json_lines(self.path)
+        entries = [self._parse(source, row) for source, row in rows]  # names of images, example
+        image_hashes = []  # of each entry, the hashes of its images
         self.prompts = []  # all examples, without their images, and the sizes of these
-        for names, example in tqdm(rows, f"checking {self.path.name}", disable=None, delay=2):
+        for names, example in tqdm(entries, f"checking {self.path.name}", disable=None, delay=2):
             loaded, files = self._load(names, example)
-            if judge is not None and len(digests) < 1000:  # a judge may be slow
+            if judge is not None and len(image_hashes) < 1000:  # a judge may be slow
                 verdict = judge(respond("a", "b", example.answer), loaded)
                 if verdict.accuracy != 1:
                     problem = f"the reward does not accept {example.answer!r} as its own answer"
                     raise InputError(f"{example.source}: {problem}")
-            digests.append({hashlib.sha256(file).hexdigest() for file in files})
+            image_hashes.append({hashlib.sha256(file).hexdigest() for file in files})
             self.prompts.append((example, [image.size for image in loaded.images]))
-        images = sorted(set().union(*digests))
-        content = [example.row for _, example in rows]
-        content += [sorted(row_images) for row_images in digests]
+        images = sorted(set().union(*image_hashes))
+        content = [row for _, row in rows]
+        content += [sorted(hashes) for hashes in image_hashes]
         self.fingerprint = hashlib.sha256(repr(content).encode()).hexdigest()
         if held_out is None:
             held_out = images[: max(1, len(images) // 10)]
         if eval_all:
             held_out = images
-        self.held_out = with_neighbors(set(held_out), digests)
-        pairs = list(zip(rows, digests, strict=True))
-        self.eval_rows = [row for row, row_images in pairs if row_images & self.held_out]
-        self.train_rows = [row for row, row_images in pairs if not row_images & self.held_out]
+        self.held_out = with_neighbors(set(held_out), image_hashes)
+        pairs = list(zip(entries, image_hashes, strict=True))
+        self.eval_rows = [entry for entry, hashes in pairs if hashes & self.held_out]
+        self.train_rows = [entry for entry, hashes in pairs if not hashes & self.held_out]
         if not self.train_rows and not eval_all:
             left = "no row is left to train on beside those with images that are held out"
             together = "rows that share an image, directly or by others, stay together"
@@ -531,15 +532,15 @@ class OwnTask:
         return replace(example, images=tuple(images)), files
 
 
-def with_neighbors(images: set[str], rows: Sequence[set[str]]) -> set[str]:
+def with_neighbors(images: set[str], images_of_rows: Sequence[set[str]]) -> set[str]:
     """These images, those that share a row with one of them, and so on."""
     found = set(images)
     size = 0
     while size < len(found):
         size = len(found)
-        for row in rows:
-            if row & found:
-                found |= row
+        for row_images in images_of_rows:
+            if row_images & found:
+                found |= row_images
     return found
 
 

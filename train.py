@@ -828,7 +828,7 @@ def build_parser() -> Parser:
             help += ")"
         elif default is not None and default is not False and default != "":
             help += f" (default: {default})"
-        group.add_argument(option, default=default, help=help, **kwargs)
+        group.add_argument(option, default=default, help=help, **kwargs)  # the group begun last
 
     group = parser.add_argument_group("what most people need first")
     add("--model", "tiny, a folder, or a hub name such as Qwen/Qwen2-VL-2B-Instruct", "tiny")
