@@ -130,8 +130,7 @@ def open_image(file) -> Image.Image:
     where it is broken.
     """
     with warnings.catch_warnings():
-        # The limit is checked below.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # see the limit below
         image = Image.open(file)
     size = f"{image.width}x{image.height} pixels"
     limit = Image.MAX_IMAGE_PIXELS

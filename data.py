@@ -432,8 +432,8 @@ class OwnTask:
         self.path = Path(path)
         self.seed = seed
         self.system = system
-        rows = read_json_lines(self.path)
-        entries = [self._parse(source, row) for source, row in rows]  # names of images, example
+        # Of each row the names of its images, and the example without them.
+        entries = [self._parse(source, row) for source, row in read_json_lines(self.path)]
         image_hashes = []  # of each entry, the hashes of its images
         self.prompts = []  # all examples, without their images, and the sizes of these
         for names, example in tqdm(entries, f"checking {self.path.name}", disable=None, delay=2):
@@ -446,7 +446,7 @@ class OwnTask:
             image_hashes.append({hashlib.sha256(file).hexdigest() for file in files})
             self.prompts.append((example, [image.size for image in loaded.images]))
         images = sorted(set().union(*image_hashes))
-        content = [row for _, row in rows]
+        content = [example.row for _, example in entries]
         content += [sorted(hashes) for hashes in image_hashes]
         self.fingerprint = hashlib.sha256(repr(content).encode()).hexdigest()
         if held_out is None:

@@ -613,16 +613,15 @@ def cache_folder(run: "Run") -> Path:
 
 
 def imitate(policy, parameters: list, demonstrations, n: int, args) -> Iterator[int]:
-    """Supervised steps on n demonstrations each. Yields the number of each step when it is done.
+    """Supervised steps on n demonstrations each; yields the number of each step that is done.
 
-    The rate rises over a sixteenth of the steps, and falls to a tenth of --warmup-lr at four
-    fifths of them. From there on the demonstrations of a drawn task have --warmup-noise.
+    The last fifth has a tenth of --warmup-lr, and in drawn demonstrations --warmup-noise.
     """
     options = {"lr": args.warmup_lr, "betas": (0.9, 0.95), "weight_decay": 0.01, "fused": True}
     optimizer = torch.optim.AdamW(parameters, **options)
     scaler = gradient_scaler(args)
     true_steps = args.warmup_steps * 4 // 5
-    ramp_steps = max(1, args.warmup_steps // 16)
+    ramp_steps = max(1, args.warmup_steps // 16)  # in which the rate rises
     for step in tqdm(range(args.warmup_steps), "imitating demonstrations", disable=None):
         ramp = (step + 1) / ramp_steps
         decay = max(0.1, 1.1 - step / max(1, true_steps))
@@ -764,7 +763,8 @@ class Run:
         with blame(f"{checkpoint}: remove it, trainer.pt is broken"):
             state = torch.load(checkpoint / "trainer.pt", map_location=device, weights_only=True)
             optimizer.load_state_dict(state["optimizer"])
-            scaler.load_state_dict(state["scaler"])
+            if state.get("scaler"):  # empty in other dtypes, and missing in earlier versions
+                scaler.load_state_dict(state["scaler"])
         print(f"going on from step {self.steps_done()}", file=sys.stderr)
 
 

@@ -63,7 +63,7 @@ make_folder = bench_models.make_folder
 # ---- one condition, in a process of its own
 
 
-def draw_roles(text, offsets) -> torch.Tensor:
+def draw_roles(text, offsets, tags=None) -> torch.Tensor:
     """Roles in a response without tags: a token, 40 % perception, a gap, 40 % reasoning, an end."""
     share = 2 * len(offsets) // 5
     roles = torch.zeros(len(offsets), dtype=torch.long)

@@ -39,7 +39,7 @@ def wide(options: str) -> str:
 PAST = None
 READINGS = {
     "range-0.5-2": (
-        "a wider range in step 6; all below but softmax and rlsd have it",
+        "a wider range in step 6; all below but softmax, sigmoid and rlsd have it",
         wide(""),
     ),
     "answer_is_reasoning=true": (
@@ -66,6 +66,14 @@ READINGS = {
         "shared trajectory-level baseline: mean of the roles' means?",
         wide(reading("role_balanced")),
     ),
+    "median-baseline": (
+        "shared trajectory-level baseline: the median?",
+        wide(reading("median_baseline")),
+    ),
+    "log-mean-exp-baseline": (
+        "shared trajectory-level baseline: of probability ratios?",
+        wide(reading("log_mean_exp_baseline")),
+    ),
     "tau=0.3": ("positive token weights: temperature of step 6", wide("--tau 0.3")),
     "tau=3": ("positive token weights: temperature of step 6", wide("--tau 3")),
     "normalize=false": (
@@ -81,6 +89,8 @@ READINGS = {
         wide(reading("sign_aware")),
     ),
     "softmax": ("no limits in step 6", reading("softmax")),
+    "sigmoid": ("2 sigmoid for exp in step 6, without limits", reading("sigmoid")),
+    "linear": ("1 + x for exp in step 6", wide(reading("linear"))),
     "jensen-shannon": ("divergence over the vocabulary for the log-ratio", PAST),
     "rlsd": ("range (0.8 to 1.2), sign and fading of RLSD", reading("sign_aware_fading")),
     "positive-only": ("weight 1 where A < 0", wide(reading("positive_only"))),

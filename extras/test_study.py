@@ -37,7 +37,7 @@ SAID = {
     "tau": "tau",
     "lam": "lam",
 }
-NARROW = ["grpo", "srpo", "softmax", "rlsd"]
+NARROW = ["grpo", "srpo", "softmax", "sigmoid", "rlsd"]
 NARROW += ["relative-rlsd", "relative-vppo", "relative-pgpo", "relative-tor"]
 
 
