@@ -12,7 +12,6 @@ GPU or on several threads, where the order of sums varies.
 import argparse
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
@@ -24,6 +23,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -184,9 +184,9 @@ def train(args: argparse.Namespace, run: "Run") -> None:
     summarize(run)
 
 
-def generator(args, index: int, purpose: int = 0) -> torch.Generator:
-    """Random numbers of one step; with purpose 1, of one batch of an evaluation."""
-    seed = np.random.SeedSequence((args.seed, index, purpose)).generate_state(1, np.uint64)[0]
+def generator(args, step: int, purpose: int = 0) -> torch.Generator:
+    """Random numbers of one step; purpose 0 is training, 1 evaluation."""
+    seed = np.random.SeedSequence((args.seed, step, purpose)).generate_state(1, np.uint64)[0]
     return torch.Generator(args.device).manual_seed(int(seed >> np.uint64(1)))
 
 
@@ -327,16 +327,14 @@ def say_trouble(history: list[dict]) -> None:
 
 
 def evaluate(policy, examples: Iterable, judge, args, step: int) -> dict:
-    """Record of a response to each example. A batch has the same random numbers each time."""
+    """Record of a response to each example, from the same seed each time."""
+    rng = generator(args, 0, purpose=1)
     limits = {"max_new_tokens": args.max_new_tokens, "temperature": args.eval_temperature}
     verdicts = []
     samples = []
     examples = iter(tqdm(examples, "evaluating", leave=False, disable=None))
-    for batch in itertools.count():
-        asked = list(itertools.islice(examples, 64))
-        if not asked:
-            break
-        rng = generator(args, batch, purpose=1)
+    asked = list(islice(examples, 64))
+    while asked:
         rollout = policy.sample(policy.encode(asked), 1, generator=rng, **limits)
         for (text, _), example in zip(policy.decode(rollout), asked, strict=True):
             verdict = judge(text, example)
@@ -344,6 +342,7 @@ def evaluate(policy, examples: Iterable, judge, args, step: int) -> dict:
             if len(samples) < 3:
                 sample = {"question": example.question, "answer": example.answer, "response": text}
                 samples.append({**sample, "verdict": in_words(verdict)})
+        asked = list(islice(examples, 64))
     figures = {**averages(verdicts), "n": len(verdicts), "temperature": args.eval_temperature}
     return {"step": step, "eval": figures, "samples": samples}
 
