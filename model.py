@@ -289,10 +289,11 @@ class Policy:
         if not logp.isfinite().all():
             problem = "the policy has diverged: its log-probs are not finite"
             raise InputError(f"{problem}; lower --lr, or take another --dtype than float16")
-        T = int(mask.sum(dim=1).max())
         logp = logp.masked_fill(~mask, 0)
         entropy = entropy.masked_fill(~mask, 0)
-        return Rollout(ids[:, :T], mask[:, :T], logp[:, :T], entropy[:, :T], prompt, prompt_cache)
+        longest = int(mask.sum(dim=1).max())
+        per_token = [x[:, :longest] for x in (ids, mask, logp, entropy)]
+        return Rollout(*per_token, prompt, prompt_cache)
 
     def log_probs(
         self, prompts: Prompts, rollout: Rollout, temperature, visible=None, prompt_cache=None

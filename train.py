@@ -962,7 +962,7 @@ def open_run(argv: list[str]) -> tuple[argparse.Namespace, Run]:
 
 
 def new_folder(args) -> Path:
-    """A folder in out/ that is not there yet, named by what makes the run another one."""
+    """A folder in out/ that is not there yet, named by the model, the method and the seed."""
     path = Path(args.model)
     if re.fullmatch(r"checkpoint-\d+|best", path.name):
         path = path.resolve().parent
