@@ -104,8 +104,7 @@ def corrupt(
         seed: of the random draw; an int, or a sequence of them.
     Returns:
         A new image of the same size and mode.
-    Raises:
-        ValueError: unknown kind, patch < 1, or p outside [0, 1].
+    Raises ValueError: unknown kind, patch < 1, or p outside [0, 1].
     """
     if kind not in CORRUPTIONS:
         raise ValueError(f"unknown corruption {kind!r}; choose from {', '.join(CORRUPTIONS)}")
@@ -114,8 +113,7 @@ def corrupt(
     colors = np.asarray(image.convert("RGB"), dtype=np.float32)
     rng = np.random.default_rng(seed)
     pixels = CORRUPTIONS[kind](colors, patch, p, rng)
-    pixels = np.asarray(pixels).round().clip(0, 255).astype(np.uint8)
-    result = Image.fromarray(pixels)
+    result = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
     result.putalpha(image.convert("RGBA").getchannel("A"))
     if image.mode == "P":
         # A new palette: the fill color need not be in the old one.

@@ -432,7 +432,6 @@ class OwnTask:
         self.path = Path(path)
         self.seed = seed
         self.system = system
-        # Of each row the names of its images, and the example without them.
         entries = [self._parse(source, row) for source, row in read_json_lines(self.path)]
         image_hashes = []  # of each entry, the hashes of its images
         self.prompts = []  # all examples, without their images, and the sizes of these

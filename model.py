@@ -292,8 +292,7 @@ class Policy:
         logp = logp.masked_fill(~mask, 0)
         entropy = entropy.masked_fill(~mask, 0)
         longest = int(mask.sum(dim=1).max())
-        per_token = [x[:, :longest] for x in (ids, mask, logp, entropy)]
-        return Rollout(*per_token, prompt, prompt_cache)
+        return Rollout(*[x[:, :longest] for x in (ids, mask, logp, entropy)], prompt, prompt_cache)
 
     def log_probs(
         self, prompts: Prompts, rollout: Rollout, temperature, visible=None, prompt_cache=None
@@ -409,9 +408,10 @@ class Policy:
         self.adapter = adapter.eval()
 
     def adapts(self, name: str) -> bool:
-        """Whether its adapters stand on the model `name` itself: without them it is that model."""
-        base = self.adapter.peft_config["default"].base_model_name_or_path
-        return Path(base).resolve() == Path(name).resolve()
+        """Whether it is the model `name` without its adapters; not where those are of `name`."""
+        if Path(name).is_dir():
+            return adapter_config(name) is None
+        return self.adapter.peft_config["default"].base_model_name_or_path == name
 
     def save(self, folder: str | Path) -> None:
         """Hugging Face layout. With LoRA the weights are the adapters, in peft's layout."""

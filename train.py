@@ -634,7 +634,7 @@ def imitate(policy, parameters: list, demonstrations, n: int, args) -> Iterator[
             rows = slice(start, start + args.micro_batch)
             logp = policy.log_probs(prompts, written[rows], temperature=1.0)
             scaler.scale(-logp.sum() / written.mask.sum()).backward()
-        optimizer_step(optimizer, scaler, step + 1, cause="lower its learning rate")
+        optimizer_step(optimizer, scaler, step + 1, cause="lower --warmup-lr (cold_start.py: --lr)")
         yield step + 1
 
 
@@ -777,9 +777,12 @@ def write_folder(folder: Path, fill) -> None:
             beside.mkdir(parents=True)
             fill(beside)
             if folder.exists():
+                shutil.rmtree(before, ignore_errors=True)
                 folder.rename(before)
-            beside.rename(folder)
-            shutil.rmtree(before, ignore_errors=True)
+                beside.rename(folder)
+                shutil.rmtree(before, ignore_errors=True)
+            else:
+                beside.rename(folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -926,7 +929,7 @@ def resolve_options(argv: list[str]) -> argparse.Namespace:
     if args.eval_all and args.steps > 0:
         raise InputError("--eval-all: leaves no rows to train on; give --steps 0, too")
     if args.warmup_steps > 0 and args.model != "tiny":
-        said = "only of the tiny model; extras/cold_start.py makes that of any other"
+        said = "only with --model tiny; extras/cold_start.py makes the start of any other"
         raise InputError(f"--warmup-steps {args.warmup_steps}: {said}")
     if args.weights and args.algo == "grpo":
         raise InputError("--weights: not with --algo grpo, which weighs nothing")

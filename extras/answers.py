@@ -120,6 +120,7 @@ BEFORE_CHOICE = [
 AFTER_CHOICE = r" is (?:the )?(?:correct|right|answer)(?: answer| option| choice)?$|选项$"
 # What follows a letter is no reason for it if it names another one, or takes it back.
 TAKEN_BACK = "no|not|or|actually|but|never|perhaps|maybe|none|false|wrong|incorrect|cannot"
+ARTICLE = re.compile(r"A (?!(?:is|has|was|as|since|because)\b)[a-z]")  # a man; not: A is it
 ANOTHER = re.compile(rf"\b(?:[A-J]|\w+n't|(?i:[b-h]|{TAKEN_BACK}))\b")
 
 
@@ -192,7 +193,7 @@ def named_option(text: str, options: dict[str, str]) -> str | None:
     explained = LETTER_AND_TEXT.fullmatch(text)
     if explained is not None:
         letter = explained[1].upper()
-        if not options and not re.match("A [a-z]", text) and not ANOTHER.search(explained[2]):
+        if not options and not ARTICLE.match(text) and not ANOTHER.search(explained[2]):
             return letter
         if letter in options and same_value(explained[2], options[letter]):
             return letter
@@ -280,7 +281,7 @@ def same_yes_no(words: list[str], truth: str) -> bool:
     """Yes, or yes with what is no doubt about it."""
     doubts = {*YES_NO, *"or but maybe perhaps not never unsure cannot can't".split()} - {truth}
     if truth in ("no", "false"):
-        doubts.remove("not")
+        doubts -= {"not", "cannot", "can't"}
     return words[0].lower() == truth and doubts.isdisjoint(word.lower() for word in words)
 
 

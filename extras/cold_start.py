@@ -68,7 +68,9 @@ def claim(path: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise InputError(f"--out {folder}: not empty; give a new folder")
-    return folder
+        if folder.is_mount():
+            raise InputError(f"--out {folder}: cannot be replaced; give a folder inside it")
+    return folder.resolve()
 
 
 def read_tasks(path: str | None, args) -> tuple:
@@ -119,6 +121,8 @@ def make(argv: list[str] | None) -> None:
     policy = train.load_policy(args, args.model)
     parameters = train.trainable(policy, args)
     train.check_prompts(policy, asked, args)
+    if asked is not demonstrations:
+        train.check_prompts(policy, demonstrations, args)
     check_lengths(policy, demonstrations, args)
     for step in train.imitate(policy, parameters, demonstrations, args.prompts, args):
         last = step == mine.steps
@@ -131,10 +135,9 @@ def make(argv: list[str] | None) -> None:
         tqdm.write(said, file=sys.stderr)
         if formed == 16 and not args.train_vision:
             break
-    with blame(f"{out}: cannot be written"):
-        policy.save(out)
-    same = "with the same --data, --task, --system, --image-size and --max-new-tokens"
-    print(f"go on {same}: python train.py --model {out}")
+    train.write_folder(out, policy.save)
+    same = "with the same --data or --task, --system, --image-size and --max-new-tokens"
+    print(f"go on {same}: python train.py --model {mine.out}")
 
 
 def main(argv: list[str] | None = None) -> int:

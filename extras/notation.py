@@ -68,7 +68,7 @@ EXPLANATIONS = [
     r"\b(?:is|are|equals|it's) (?=[-+$€£]?\d)",
     r"(?<=\w) \([^()\d]+ [^()\d]+\)$",  # yes (there is one)
     r",? (?:because|since)\b.*",
-    r", (?:as(?! well\b)|which(?!.*\b(?:not|wrong|incorrect|false)\b))\b.*",
+    r", (?:as(?! well\b)|which(?!.*\b(?:wrong|incorrect|false|not right|not correct)\b))\b.*",
     rf"(?<=\d)\. (?!.*{HEDGES})(?=\D+$)(?:<\||\S+ \S+ \S).*",  # a sentence after a number
 ]
 

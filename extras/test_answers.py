@@ -62,6 +62,7 @@ It is 12 because of the angles == 12 ;; `12` == 12 ;; '12' == 12 ;; an apple. ==
 **Answer:** 12 == 12 ;; 9:15 PM == 9:15pm ;; 9:15 p.m. == 9:15 PM ;; 2021-03-05 == 2021-03-05
 Marie Curie == marie curie ;; March 5, 2021 == March 5 2021 ;; +12 == 12 ;; - 12 == -12
 -12. == -12 ;; \pm 3 == ±3 ;; +-3 == ±3 ;; -0.5 == -.5 ;; 14 cm == C. 14 cm ;; B == B ;; (b) == B
+7, which is not even == 7 ;; A has the largest area == A ;; No, it cannot fly == no
 B. so it is == B ;; 2 % == 2% ;; 2.00 % == 2% ;; 2 per cent == 2% ;; 0.02 == 2%
 two percent == 2% ;; 2% == 2 ;; 2 == 2% ;; 5 CM == 5 cm ;; 5 centimeters == 5 cm ;; 5 == 5 cm
 5 cm == 5 ;; 5 cm. == 5 cm ;; 5\ \mathrm{cm} == 5 cm ;; 60 km/h == 60 km/h
@@ -178,6 +179,7 @@ Half of it is 5 == 5 ;; 12, so 13 == 12 ;; 12 cm, as well as 15 cm == 12 cm ;; n
 No answer == no ;; ≥5 == 5 ;; \le 5 == 5 ;; ≠5 == 5 ;; 5~6 == 5 ;; 5→6 == 5 ;; 5 ft 6 in == 5
 5 crores == 5 ;; 5 plus == 5 ;; C is incorrect == C ;; C (false) == C ;; A never == A ;; A, b == A
 A man == A ;; A cat == A ;; 5, which is wrong == 5 ;; yes, I cannot tell == yes
+5, which is not right == 5
 """,
     CM: r"""
 B == C ;; B. 14 cm == C ;; C. 12 cm == C ;; 12 cm == C ;; B or C == C ;; B, C == C ;; not C == C

@@ -153,7 +153,7 @@ def test_it_says_how_many_responses_have_the_form(hub, tmp_path, capsys):
     begin(tmp_path / "cold", "--model", hub, *CPU, "--prompts", 2, "--steps", 2)
     said = capsys.readouterr()
     assert "step 2: 0 of 16 sampled responses have the form; raise --steps, --lr" in said.err
-    assert said.out.startswith("go on with the same --data, ")
+    assert said.out.startswith("go on with the same --data or --task, ")
     assert said.out.endswith(f": python train.py --model {tmp_path / 'cold'}\n")
 
 
@@ -267,7 +267,7 @@ def test_a_rate_that_diverges_is_named(small, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "load_policy", broken)
     capsys.readouterr()
     assert cold_start.main([*map(str, small), "--out", str(tmp_path / "cold")]) == 2
-    said = "error: step 1: the gradient is not finite: lower its learning rate"
+    said = "error: step 1: the gradient is not finite: lower --warmup-lr (cold_start.py: --lr)"
     assert said in capsys.readouterr().err
 
 

@@ -134,6 +134,10 @@ def test_a_folder_is_replaced_whole_or_not_at_all(stopped_in, left, tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         train.write_folder(folder, fill)
     assert (folder / "weights").read_text() == left
+    stopped_in = ""
+    train.write_folder(folder, fill)  # as if resumed
+    assert (folder / "weights").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
 
 def wait_for(out: Path, lines: int) -> None:
