@@ -121,7 +121,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(stopped_in, left, tmp_path, mo
     remove = train.shutil.rmtree
 
     def rmtree(path, **options):
-        if stopped_in == "rmtree" and path.name == "best.old":
+        if stopped_in == "rmtree" and path.name == "best.old" and path.exists():
             raise KeyboardInterrupt
         remove(path, **options)
 
