@@ -408,7 +408,7 @@ class Policy:
         self.adapter = adapter.eval()
 
     def adapts(self, name: str) -> bool:
-        """Whether it is the model `name` without its adapters; not where those are of `name`."""
+        """Whether it becomes the model `name` without its adapters: `name` has none of its own."""
         if Path(name).is_dir():
             return adapter_config(name) is None
         return self.adapter.peft_config["default"].base_model_name_or_path == name

@@ -77,7 +77,7 @@ def train(args: argparse.Namespace, run: "Run") -> None:
     run.send = build_log(args, run)
     policy, reference, optimizer, scaler = prepare(args, run, task)
     run.restore(optimizer, scaler, args.device)
-    check_prompts(policy, task, args)
+    check_prompts(policy, task.prompts, args)
     if not records:
         start = evaluate(policy, task.eval_set(args.eval_size), judge, args, step=0)
         run.write({**start, "data": task.fingerprint})
@@ -512,11 +512,11 @@ def gradient_scaler(args) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(torch.device(args.device).type, **options)
 
 
-def check_prompts(policy, task, args) -> None:
+def check_prompts(policy, prompts: list, args) -> None:
     """InputError where a prompt leaves no room for its response. Says what a real model takes."""
     context = policy.model.config.get_text_config().max_position_embeddings
     longest = (0, 0)
-    for example, sizes in task.prompts:
+    for example, sizes in prompts:
         length = policy.prompt_length(example, sizes)
         if length[0] + args.max_new_tokens > context:
             said = f"{length[0]} tokens, {length[1]} of them visual, and --max-new-tokens "
@@ -591,7 +591,7 @@ def warmed_up(args, run: "Run") -> str:
         if not folder.exists():
             policy = load_policy(args, "tiny")
             task = drawn_task(args)
-            check_prompts(policy, task, args)
+            check_prompts(policy, task.prompts, args)
             parameters = list(policy.model.parameters())  # the vision tower, too, which is random
             for _ in imitate(policy, parameters, task, TINY["prompts"], args):
                 pass

@@ -120,9 +120,7 @@ def make(argv: list[str] | None) -> None:
     demonstrations, asked = read_tasks(mine.demonstrations, args)
     policy = train.load_policy(args, args.model)
     parameters = train.trainable(policy, args)
-    train.check_prompts(policy, asked, args)
-    if asked is not demonstrations:
-        train.check_prompts(policy, demonstrations, args)
+    train.check_prompts(policy, [*asked.prompts, *demonstrations.prompts], args)
     check_lengths(policy, demonstrations, args)
     for step in train.imitate(policy, parameters, demonstrations, args.prompts, args):
         last = step == mine.steps

@@ -17,6 +17,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import cold_start  # noqa: E402
 from test_real_models import hub_folder  # noqa: E402
+from test_scripts import one_line  # noqa: E402
 
 import data  # noqa: E402
 import model  # noqa: E402
@@ -44,20 +45,6 @@ def small(tmp_path_factory):
 def begin(out, *argv):
     """What the script does with these options, to the end."""
     assert cold_start.main([*map(str, argv), "--out", str(out)]) == 0
-
-
-def complaint(capsys, *argv) -> str:
-    """The one line that the script answers to bad input."""
-    capsys.readouterr()
-    try:
-        code = cold_start.main([str(word) for word in argv])
-    except SystemExit as stop:
-        code = stop.code
-    said = capsys.readouterr().err
-    assert code == 2, said
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
-    return said
 
 
 def rows_with(response) -> list[str]:
@@ -132,18 +119,16 @@ def test_layers_are_recomputed_there_too(hub, tmp_path, monkeypatch):
     assert len(recomputed) == 1
 
 
-def test_the_system_text_begins_every_chat(small, tmp_path, monkeypatch):
-    seen = []
-    chat = model.Policy._chat
-
-    def listening(policy, example, n_images):
-        seen.append(example.system)
-        return chat(policy, example, n_images)
-
-    monkeypatch.setattr(model.Policy, "_chat", listening)
+def test_the_system_text_begins_every_chat(small, tmp_path, systems_of_chats):
     begin(tmp_path / "cold", *small, "--system", "Be kind.", "--steps", 2)
-    assert len(seen) > 4
-    assert set(seen) == {"Be kind."}
+    assert len(systems_of_chats) > 4
+    assert set(systems_of_chats) == {"Be kind."}
+
+
+def test_the_memory_is_said_once(hub, jsonl, tmp_path, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(model, "is_tiny", lambda name: False)
+    begin(tmp_path / "cold", "--model", hub, *CPU, "--prompts", 2, "--data", jsonl(), "--steps", 1)
+    assert capsys.readouterr().err.count("GiB are needed") == 1
 
 
 # ---- when it ends
@@ -196,7 +181,7 @@ def test_a_vision_tower_learns_to_the_end(small, tmp_path, capsys, monkeypatch):
 def test_demonstrations_that_show_nothing_are_named(small, response, said, jsonl, tmp_path, capsys):  # noqa: F811
     path = jsonl(lines=rows_with(response))
     argv = [*small, "--demonstrations", path, "--out", tmp_path / "cold"]
-    message = complaint(capsys, *argv)
+    message = one_line(capsys, cold_start.main, *argv)
     assert "rows.jsonl:" in message
     assert said in message
 
@@ -205,7 +190,9 @@ def test_a_row_without_a_response_is_named(small, jsonl, tmp_path, capsys):  # n
     lines = rows_with(FORM)
     lines[19] = json.dumps({"image": "9.png", "question": "q?", "answer": 1})
     path = jsonl(lines=lines)
-    said = complaint(capsys, *small, "--demonstrations", path, "--out", tmp_path / "cold")
+    said = one_line(
+        capsys, cold_start.main, *small, "--demonstrations", path, "--out", tmp_path / "cold"
+    )
     assert f"{path}:20: needs a response, to be imitated" in said
 
 
@@ -245,13 +232,17 @@ def test_demonstrations_alone_hold_out_what_training_on_them_will(jsonl):  # noq
 
 
 def test_a_response_without_room_is_said_first(small, tmp_path, capsys):
-    said = complaint(capsys, *small, "--max-new-tokens", 5000, "--out", tmp_path / "cold")
+    said = one_line(
+        capsys, cold_start.main, *small, "--max-new-tokens", 5000, "--out", tmp_path / "cold"
+    )
     assert "exceed the model's 1024" in said
 
 
 def test_a_demonstration_longer_than_a_response_is_named(small, jsonl, tmp_path, capsys):  # noqa: F811
     path = jsonl(lines=rows_with(data.respond("red " * 60, "so", "1")))
-    said = complaint(capsys, *small, "--demonstrations", path, "--out", tmp_path / "cold")
+    said = one_line(
+        capsys, cold_start.main, *small, "--demonstrations", path, "--out", tmp_path / "cold"
+    )
     assert "rows.jsonl:" in said
     assert "tokens; raise --max-new-tokens 48" in said
 
@@ -292,4 +283,4 @@ def test_a_rate_that_diverges_is_named(small, tmp_path, capsys, monkeypatch):
 def test_options_that_cannot_be_are_named(options, said, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     words = options.replace("FULL", str(tmp_path)).replace("NEW", str(tmp_path / "cold")).split()
-    assert said in complaint(capsys, *[word.strip("'") for word in words])
+    assert said in one_line(capsys, cold_start.main, *[word.strip("'") for word in words])

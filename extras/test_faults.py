@@ -343,19 +343,11 @@ def test_a_checkpoint_without_a_scaler_is_gone_on_with_in_float16(saved, tmp_pat
     assert records_of(out)[-1]["step"] == 2
 
 
-def test_the_system_text_begins_every_chat(tmp_path, monkeypatch):
-    seen = []
-    chat = model.Policy._chat
-
-    def listening(policy, example, n_images):
-        seen.append(example.system)
-        return chat(policy, example, n_images)
-
-    monkeypatch.setattr(model.Policy, "_chat", listening)
+def test_the_system_text_begins_every_chat(tmp_path, systems_of_chats):
     warm = ["--warmup-steps", 2]
     run(tmp_path / "out", *COLD, "--system", "Be kind.", *warm, "--steps", 1)
-    assert len(seen) > 20
-    assert set(seen) == {"Be kind."}
+    assert len(systems_of_chats) > 20
+    assert set(systems_of_chats) == {"Be kind."}
 
 
 # ---- images
